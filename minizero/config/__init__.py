@@ -1,0 +1,5 @@
+"""Settings: the typed schema, and the readers that fill it."""
+
+from minizero.config.schema import Config
+
+__all__ = ["Config"]

@@ -1,0 +1,238 @@
+"""Every setting of minizero, once: its name, type, default and meaning.
+
+Why one typed schema: a misspelt key must be an error, a value must say where it came from, and `--help`
+must be able to list everything. So the schema is data; reading files and command lines lives in
+`load.py`, and the translation of DeepSpeed's key names in `deepspeed.py`, the only file that knows them.
+
+A setting whose feature is not built yet is refused here, with the legal values, and never ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+
+class Section(BaseModel):
+    """A group of settings: unknown keys are errors, and each field's docstring is its help text."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    dir: str = "runs/quickstart"
+    """Folder that receives the resolved config, `metrics.jsonl`, checkpoints and figures."""
+
+
+class ModelConfig(Section):
+    family: Literal["llama", "gpt2"] = "llama"
+    """Architecture: `llama` (RMSNorm, RoPE, SwiGLU, GQA) or `gpt2` (LayerNorm, learned positions, GELU)."""
+    hidden_size: int = Field(256, ge=1)
+    """Width of the residual stream."""
+    num_layers: int = Field(4, ge=1)
+    """Number of transformer blocks."""
+    num_heads: int = Field(4, ge=1)
+    """Attention heads."""
+    num_kv_heads: int | None = Field(None, ge=1)
+    """Key/value heads (llama): None means as many as `num_heads`."""
+    intermediate_size: int | None = Field(None, ge=1)
+    """Width of the MLP: None means 4 x hidden (gpt2), or 8/3 x hidden rounded up to 32 (llama)."""
+    rope_theta: float = Field(10000.0, gt=0)
+    """Base of the rotary frequencies (llama)."""
+    norm_eps: float = Field(1e-5, gt=0)
+    """Epsilon inside the norms."""
+    tie_embeddings: bool = True
+    """Share the input embedding with the output head."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability (gpt2)."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+
+class DataConfig(Section):
+    source: str = "stdlib"
+    """`stdlib` (the Python standard library's own source), a folder of text files, or `datasets:PATH`."""
+    dir: str = "runs/data"
+    """Folder that caches tokenizer and token shards, keyed by what they were made from."""
+    vocab_size: int = Field(4096, ge=257)
+    """Size of the byte-level BPE vocabulary trained on the corpus."""
+    validation_fraction: float = Field(0.05, gt=0, lt=0.5)
+    """Share of the files held out for validation, chosen by a hash of their path."""
+
+
+class TrainConfig(Section):
+    steps: int = Field(100, ge=1)
+    """Optimizer steps to run."""
+    seed: int = Field(0, ge=0)
+    """Seed of initialization, data order and dropout; a layout changes none of them."""
+    global_batch_size: int | None = Field(None, ge=1)
+    """Sequences per optimizer step over all ranks (= micro batch x accumulation x data-parallel size)."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Sequences per rank in one forward pass."""
+    gradient_accumulation_steps: int | None = Field(None, ge=1)
+    """Forward passes per optimizer step; follows from the other two when left out."""
+    sequence_length: int = Field(256, ge=2)
+    """Tokens per training sequence."""
+    gradient_clipping: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """Largest global gradient norm (L2); larger ones are scaled down to it. 0 turns clipping off."""
+    eval_every: int = Field(0, ge=0)
+    """Steps between evaluations on the held-out files; 0 means only at the end."""
+    time_limit: float | None = Field(None, gt=0)
+    """Seconds of training after which the run stops cleanly, wherever it is; None means no limit."""
+
+
+class OptimizerConfig(Section):
+    type: str = "AdamW"
+    """Adam, AdamW, SGD, Adagrad, Lion, or any element-wise optimizer of `torch.optim`."""
+    lr: float = Field(1e-3, ge=0, allow_inf_nan=False)
+    """Learning rate, before the scheduler."""
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Weight decay: decoupled for AdamW and Lion, as in each optimizer's paper."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """The optimizer's other keyword arguments (betas, eps, momentum, ...), as `torch.optim` names them."""
+
+
+class SchedulerConfig(Section):
+    type: Literal["none", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"] = "none"
+    """Learning-rate schedule, stepped once per optimizer step that was applied."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """The schedule's own settings, named as DeepSpeed names them (warmup_num_steps, total_num_steps, ...)."""
+
+
+class LossScaleConfig(Section):
+    static: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Fixed loss scale for fp16; 0 means dynamic."""
+    initial_power: int = Field(16, ge=0, le=120)
+    """Dynamic scaling starts at 2 to this power."""
+    window: int = Field(1000, ge=1)
+    """Steps without overflow after which the scale doubles."""
+    hysteresis: int = Field(2, ge=1)
+    """Overflows that are tolerated before the scale halves."""
+    consecutive_hysteresis: bool = False
+    """Refill the hysteresis after every step without overflow, not only when the scale doubles."""
+    minimum: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """The scale never falls below this."""
+
+
+class ZeroConfig(Section):
+    stage: int = 0
+    """0: everything whole. 1: optimizer state sharded. 2: gradients too. 3: parameters too."""
+    overlap: bool | Literal["auto"] = "auto"
+    """Reduce gradients behind the backward pass; auto means on for CUDA, off for gloo where it costs time."""
+    prefetch: bool = True
+    """Stage 3: start gathering the next unit while this one computes."""
+    accumulation: Literal["auto", "sharded", "local"] = "auto"
+    """Where gradients add up between steps: `sharded` reduces every micro-batch into the rank's shard,
+    `local` keeps whole gradients and reduces once. auto: local for stages 0 and 1, sharded for 2 and 3."""
+    reduce_dtype: Dtype | None = None
+    """Dtype of gradients on the wire; None means the parameters' own."""
+    accumulation_dtype: Dtype = "fp32"
+    """Dtype in which gradients are summed and accumulated."""
+    prescale_gradients: bool = False
+    """Divide gradients before the reduction instead of after it."""
+    gradient_predivide_factor: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """With `prescale_gradients`: divide by this before the reduction, and by the rest of the data-parallel size after."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """`cpu`: keep fp32 masters and moments in pinned host memory and update them there."""
+    offload_param: Literal["none", "cpu"] = "none"
+    """Stage 3, `cpu`: keep the parameter shards in pinned host memory between uses."""
+    gather_16bit_weights_on_model_save: bool = False
+    """Stage 3: let `save_16bit_model` gather the whole weights."""
+    allow_untested_optimizer: bool = False
+    """Accept an optimizer class of your own: it must be element-wise, since it sees flat slices."""
+
+    @field_validator("stage")
+    @classmethod
+    def _known_stage(cls, stage: int) -> int:
+        if stage not in (0, 1, 2, 3):
+            raise ValueError(f"stage {stage} does not exist; legal: 0, 1, 2, 3")
+        return stage
+
+
+class ParallelConfig(Section):
+    tp: int = Field(1, ge=1)
+    """Tensor-parallel degree."""
+    pp: int = Field(1, ge=1)
+    """Pipeline-parallel degree."""
+    cp: int = Field(1, ge=1)
+    """Context-parallel degree."""
+    sequence: bool = False
+    """Shard norms and residuals along the sequence (needs tp > 1)."""
+
+    @model_validator(mode="after")
+    def _not_built_yet(self) -> ParallelConfig:
+        for name in ("tp", "pp", "cp"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} = {getattr(self, name)} is not available in this version; legal: 1")
+        if self.sequence:
+            raise ValueError("sequence = true is not available in this version; legal: false")
+        return self
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0 means only at the end."""
+    resume: str | None = None
+    """A run folder, or `latest` for `run.dir`: continue from its newest checkpoint."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints to keep."""
+
+
+class TensorBoardConfig(Section):
+    enabled: bool = False
+    """Write scalars for TensorBoard as well as `metrics.jsonl`."""
+    dir: str | None = None
+    """Folder for the event files; None means `tensorboard` in the run folder."""
+    job_name: str = "minizero"
+    """Sub-folder of `dir`."""
+
+
+class LogConfig(Section):
+    every: int = Field(10, ge=1)
+    """Steps between lines of the engine's own log."""
+    wall_clock_breakdown: bool = False
+    """Print milliseconds of forward, backward and step with the log line."""
+    tensorboard: TensorBoardConfig = Field(default_factory=TensorBoardConfig)
+
+
+class DistConfig(Section):
+    backend: Literal["gloo", "nccl"] | None = None
+    """Communication backend; None means nccl where a GPU is visible, else gloo."""
+    timeout: float = Field(120.0, gt=0, allow_inf_nan=False)
+    """Seconds after which a collective that a peer never joined is an error."""
+
+
+class DebugConfig(Section):
+    collectives: bool = False
+    """Compare a fingerprint of every collective over its group before running it."""
+
+
+class Config(Section):
+    """All settings. Build one with `minizero.config.load`, or directly: `Config(zero={"stage": 3})`."""
+
+    precision: Dtype = "fp32"
+    """Dtype of parameters and gradients in forward and backward; 16-bit ones have fp32 masters."""
+    kernels: Literal["auto", "torch"] = "auto"
+    """Implementation of fused operations. Only `torch` exists in this version, and `auto` picks it."""
+    run: RunConfig = Field(default_factory=RunConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
+    loss_scale: LossScaleConfig = Field(default_factory=LossScaleConfig)
+    zero: ZeroConfig = Field(default_factory=ZeroConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+    dist: DistConfig = Field(default_factory=DistConfig)
+    debug: DebugConfig = Field(default_factory=DebugConfig)
