@@ -1,0 +1,282 @@
+"""The only place that communicates.
+
+A `Communicator` is one mesh axis seen from one rank. Each call says which unit it serves, is entered in the
+`CommLedger`, and returns a `Work` whose `wait` gives the result, so that callers may compute meanwhile.
+
+Which algorithm runs is decided here, per backend:
+
+- **gloo**: slices go point to point, straight between the tensors they belong to, and each rank sums what it
+  receives **in rank order**. torch's own reduce-scatter on gloo is an all-reduce and a copy, its all-gather
+  copies too: twice the bytes and three times the milliseconds. The sum is done in the accumulation dtype,
+  whatever travels, and its order depends on nothing but the rank: this is what makes ZeRO's stages bitwise equal.
+- **nccl**: the library's collectives, on its own stream; torch's caching allocator is told by stream order.
+
+In debug mode every call first compares a fingerprint over the group. Without it a mismatch shows as a timeout,
+because each operation has its own message tag; with torch's gloo alone, two same-shaped collectives in swapped
+order would return wrong sums.
+
+Glossary (N = ranks on the axis, S = elements of one shard):
+    flat    [N * S]  a whole buffer; rank r's shard is flat[r * S : (r + 1) * S]
+    pieces  list of 1-D tensors that, laid behind each other and padded, make a whole buffer without building it
+    out     [S]      this rank's shard of a reduction, in the accumulation dtype
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from minizero.dist.ledger import CommLedger
+from minizero.dist.sharding import FlatLayout
+
+FINGERPRINT_BYTES = 1024
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed or timed out: a peer died, stalled, or called something else."""
+
+
+@dataclass
+class Work:
+    """A running collective. `wait` returns when its result may be read, and raises `CollectiveError` if it failed."""
+
+    description: str
+    requests: list[dist.Work] = field(default_factory=list)
+    finish: Callable[[], None] | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+    def wait(self) -> None:
+        try:
+            for request in self.requests:
+                request.wait()
+        except RuntimeError as error:
+            elapsed = time.perf_counter() - self.started
+            raise CollectiveError(
+                f"{self.description} failed after {elapsed:.1f} s: a peer died, stalled or called something else "
+                f"(run with --debug.collectives true to see which). Backend: {error}"
+            ) from error
+        self.requests = []
+        if self.finish is not None:
+            finish, self.finish = self.finish, None
+            finish()
+
+
+class Communicator:
+    """The collectives of one mesh axis.
+
+    Args:
+        mesh: the named mesh.
+        axis: which of its axes.
+        ledger: where calls and bytes are counted.
+        check: compare a fingerprint of every call over the group first (debug mode).
+    """
+
+    def __init__(self, mesh: DeviceMesh, axis: str, ledger: CommLedger, *, check: bool = False) -> None:
+        self.axis = axis
+        self.group = mesh.get_group(axis)
+        self.rank = dist.get_rank(self.group)
+        self.size = dist.get_world_size(self.group)
+        self.ledger = ledger
+        self.check = check
+        self._ranks = dist.get_process_group_ranks(self.group)
+        self._point_to_point = dist.get_backend(self.group) == "gloo"
+        self._sequence = 0
+
+    # ---- whole buffers and shards ----
+
+    def all_gather(self, flat: Tensor, unit: str) -> Work:
+        """flat[S_axis] -> flat[all]: every rank's shard of `flat` reaches every rank, in place."""
+        work = self._begin(
+            "all_gather", unit, flat, flat.numel(), flat.dtype, flat.nbytes // self.size * (self.size - 1)
+        )
+        if self.size == 1:
+            return work
+        shards = flat.chunk(self.size)
+        if not self._point_to_point:
+            work.requests = [dist.all_gather_into_tensor(flat, shards[self.rank], group=self.group, async_op=True)]
+            return work
+        host = [shard if not shard.is_cuda else shard.cpu() for shard in shards]
+        for peer in self._peers():
+            work.requests.append(self._receive(host[peer], peer))
+        for peer in self._peers():
+            work.requests.append(self._send(host[self.rank], peer))
+        if flat.is_cuda:
+            work.finish = lambda: [shard.copy_(on_host) for shard, on_host in zip(shards, host, strict=True)] and None
+        return work
+
+    def reduce_scatter(
+        self,
+        pieces: Sequence[Tensor],
+        layout: FlatLayout,
+        out: Tensor,
+        unit: str,
+        *,
+        wire_dtype: torch.dtype,
+        accumulate: bool,
+    ) -> Work:
+        """pieces[all] {partial over axis} -> out[S_axis]: the sum over ranks of each rank's shard.
+
+        Args:
+            pieces: whole tensors, flattened, as `layout` lays them; read until the work is waited for.
+            out: receives the sum, or has it added when `accumulate`. Padding is left as it is.
+            wire_dtype: dtype of what travels; the sum itself is done in `out.dtype`.
+        """
+        sent = sum(span.numel for peer in self._peers() for span in layout.spans[peer])  # padding is never sent
+        wire = sent * wire_dtype.itemsize
+        work = self._begin("reduce_scatter", unit, pieces[0], layout.padded_size, wire_dtype, wire)
+        if self.size > 1 and not self._point_to_point:
+            return self._reduce_scatter_native(work, pieces, layout, out, wire_dtype, accumulate)
+        sources = [piece.reshape(-1).to(wire_dtype) for piece in pieces]
+        if self._point_to_point and self.size > 1:
+            sources = [source.cpu() if source.is_cuda else source for source in sources]
+        mine = layout.spans[self.rank]
+        inbox = {peer: sources[0].new_empty(layout.shard_size) for peer in self._peers()}
+        for peer in self._peers():
+            for span in mine:
+                work.requests.append(self._receive(inbox[peer][span.offset : span.offset + span.numel], peer))
+        for peer in self._peers():
+            for span in layout.spans[peer]:
+                work.requests.append(self._send(sources[span.index][span.start : span.stop], peer))
+
+        def sum_in_rank_order() -> None:
+            for span in mine:
+                target = out[span.offset : span.offset + span.numel]
+                parts = [
+                    sources[span.index][span.start : span.stop]
+                    if rank == self.rank
+                    else inbox[rank][span.offset : span.offset + span.numel]
+                    for rank in range(self.size)
+                ]
+                add_up(parts, target, accumulate)
+
+        work.finish = sum_in_rank_order
+        return work
+
+    def _reduce_scatter_native(
+        self,
+        work: Work,
+        pieces: Sequence[Tensor],
+        layout: FlatLayout,
+        out: Tensor,
+        wire_dtype: torch.dtype,
+        accumulate: bool,
+    ) -> Work:
+        flat = torch.zeros(layout.padded_size, dtype=wire_dtype, device=out.device)
+        for offset, piece in zip(layout.offsets, pieces, strict=True):
+            flat[offset : offset + piece.numel()].copy_(piece.reshape(-1))
+        shard = torch.empty(layout.shard_size, dtype=wire_dtype, device=out.device)
+        work.requests = [dist.reduce_scatter_tensor(shard, flat, group=self.group, async_op=True)]
+        work.finish = lambda: add_up([shard], out, accumulate)
+        return work
+
+    # ---- small things, always waited for ----
+
+    def broadcast(self, tensor: Tensor, source: int, unit: str) -> None:
+        """tensor[source] -> tensor[all]; `source` is a rank on this axis."""
+        work = self._begin(
+            "broadcast", unit, tensor, tensor.numel(), tensor.dtype, tensor.nbytes if self.rank == source else 0
+        )
+        if self.size > 1:
+            work.requests = [dist.broadcast(tensor, self._ranks[source], group=self.group, async_op=True)]
+        work.wait()
+
+    def gather_rows(self, row: Tensor, unit: str) -> Tensor:
+        """row [K] -> [N, K]: each rank's row, in rank order. For scalars that every rank must agree on."""
+        work = self._begin(
+            "gather_rows", unit, row, row.numel() * self.size, row.dtype, row.nbytes * (self.size - 1)
+        )
+        if self.size == 1:
+            return row.unsqueeze(0)
+        rows = [torch.empty_like(row) for _ in range(self.size)]
+        work.requests = [dist.all_gather(rows, row, group=self.group, async_op=True)]
+        work.wait()
+        return torch.stack(rows)
+
+    def gather_bytes(self, payload: bytes, unit: str, device: torch.device) -> list[bytes]:
+        """Each rank's bytes, in rank order; lengths may differ."""
+        lengths = self.gather_rows(torch.tensor([len(payload)], device=device), unit)[:, 0].tolist()
+        padded = torch.zeros(max(1, *lengths), dtype=torch.uint8, device=device)
+        if payload:
+            padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device)
+        rows = self.gather_rows(padded, unit).cpu()
+        return [bytes(row[:length].tolist()) for row, length in zip(rows, lengths, strict=True)]
+
+    def barrier(self, device: torch.device) -> None:
+        """Return when every rank of the axis has called this."""
+        self.gather_rows(torch.zeros(1, device=device), "barrier")
+
+    # ---- bookkeeping ----
+
+    def _peers(self) -> list[int]:
+        """The other ranks, nearest following one first, so that not all send to the same one at once."""
+        return [(self.rank + step) % self.size for step in range(1, self.size)]
+
+    def _send(self, tensor: Tensor, peer: int) -> dist.Work:
+        request = dist.isend(tensor, self._ranks[peer], group=self.group, tag=self._tag())
+        assert request is not None
+        return request
+
+    def _receive(self, tensor: Tensor, peer: int) -> dist.Work:
+        request = dist.irecv(tensor, self._ranks[peer], group=self.group, tag=self._tag())
+        assert request is not None
+        return request
+
+    def _tag(self) -> int:
+        # Messages of one operation share a tag and keep their order; gloo's own tags begin at 2**24.
+        return self._sequence % (1 << 20)
+
+    def _begin(self, operation: str, unit: str, tensor: Tensor, numel: int, dtype: torch.dtype, wire: int) -> Work:
+        """Enter one operation over `numel` elements of `dtype` into the ledger; in debug mode compare it first."""
+        self._sequence += 1
+        phase = self.ledger.current_phase
+        self.ledger.record(self.axis, operation, unit, numel * dtype.itemsize, wire)
+        if self.check and self.size > 1:
+            self._compare_fingerprints(
+                f"{operation} of {unit} in {phase}, {numel} x {dtype}, #{self._sequence}", tensor.device
+            )
+        return Work(f"rank {self.rank}: {operation} of {unit} ({phase}, axis {self.axis}, #{self._sequence})")
+
+    def _compare_fingerprints(self, fingerprint: str, device: torch.device) -> None:
+        """Raise on all ranks when they are about to run different collectives (naming each call's site)."""
+        site = call_site()
+        row = torch.zeros(FINGERPRINT_BYTES, dtype=torch.uint8)
+        text = f"{fingerprint}\n{site}".encode()[:FINGERPRINT_BYTES]
+        row[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        rows = [torch.empty_like(row).to(device) for _ in range(self.size)]
+        work = Work(f"rank {self.rank}: comparing '{fingerprint}' (axis {self.axis})")
+        work.requests = [dist.all_gather(rows, row.to(device), group=self.group, async_op=True)]
+        work.wait()
+        seen = [bytes(row.cpu().tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
+        prints = [text.partition("\n")[0] for text in seen]
+        if len(set(prints)) == 1:
+            return
+        lines = [f"  rank {rank}: {text.replace(chr(10), ', called from ')}" for rank, text in enumerate(seen)]
+        raise CollectiveError("ranks are about to run different collectives:\n" + "\n".join(lines))
+
+
+def add_up(parts: Sequence[Tensor], target: Tensor, accumulate: bool) -> None:
+    """target = (target +) parts[0] + parts[1] + ..., left to right, in target's dtype."""
+    if len(parts) == 2 and not accumulate and parts[0].dtype == target.dtype:
+        torch.add(parts[0], parts[1], out=target)
+        return
+    total = torch.empty_like(target) if accumulate else target
+    total.copy_(parts[0])
+    for part in parts[1:]:
+        total.add_(part)
+    if accumulate:
+        target.add_(total)
+
+
+def call_site() -> str:
+    """The innermost frames outside this file, as `file:line in function`."""
+    frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
+    shown = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in frames[-3:]]
+    return " < ".join(reversed([key for key, _ in groupby(shown)]))

@@ -1,0 +1,69 @@
+"""Joins the processes, and lays the named mesh over them.
+
+The mesh is a torch `DeviceMesh` with the axes of `ParallelDims`. It is made once and handed around as an argument;
+nothing in minizero keeps it in a module. Every process group has an explicit timeout: torch's own default of half
+an hour turns one dead rank into half an hour of silence.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from minizero.dist.dims import AXES, ParallelDims
+
+DEFAULT_TIMEOUT = 120.0  # seconds
+
+
+def local_device() -> torch.device:
+    """The device of this process: its own GPU where one is visible, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def init_distributed(dist_backend: str | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
+    """Join the process group that `torchrun` describes in the environment; alone, form a group of one.
+
+    Args:
+        dist_backend: "nccl" or "gloo"; None picks nccl where a GPU is visible.
+        timeout: seconds after which a collective that a peer never joins is an error.
+    """
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return
+    backend = dist_backend or ("nccl" if device.type == "cuda" else "gloo")
+    limit = timedelta(seconds=timeout)
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # torchrun keeps its store over restarts: without a prefix per attempt, a fast rank reads the addresses
+    # that the last attempt left there and fails to connect.
+    attempt = f"minizero/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    rendezvous = dist.rendezvous("env://", rank, world_size, timeout=limit)
+    store, rank, world_size = next(iter(rendezvous))
+    prefixed = dist.PrefixStore(attempt, store)
+    dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size, timeout=limit)
+
+
+def build_mesh(dims: ParallelDims, timeout: float = DEFAULT_TIMEOUT) -> DeviceMesh:
+    """A `DeviceMesh` with one named axis per parallel kind (`pp`, `dp`, `cp`, `tp`); collective over all ranks.
+
+    Raises ValueError when `dims` was made for another world size.
+    """
+    if dims.world_size != dist.get_world_size():
+        raise ValueError(f"dims are for {dims.world_size} ranks, the process group has {dist.get_world_size()}")
+    every_group = sorted({ranks for axis in AXES for ranks in dims.groups(axis)})
+    # All ranks create all groups, also those they are not in; axes of the same ranks share one.
+    groups = {ranks: dist.new_group(list(ranks), timeout=timedelta(seconds=timeout)) for ranks in every_group}
+    mine = [groups[dims.ranks_along(axis, dist.get_rank())] for axis in AXES]
+    grid = torch.arange(dims.world_size).view(*dims.degrees.values())
+    device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return DeviceMesh.from_group(mine, device_type, mesh=grid, mesh_dim_names=AXES)
