@@ -22,6 +22,7 @@ import contextlib
 import faulthandler
 import io
 import itertools
+import math
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -80,6 +81,15 @@ class Task:
     run_id: int
 
 
+@dataclass(frozen=True, order=True)
+class Failure:
+    """What went wrong on a rank, ordered by when."""
+
+    time: float
+    """`time.monotonic`, one clock for all processes. A death counts as 0: it is a cause, hardly ever a consequence."""
+    text: str
+
+
 # ---------------------------------------------------------------------------------------------- worker side
 
 
@@ -87,6 +97,7 @@ def _serve(connection: Connection, output_path: str) -> None:
     """A worker's life: run tasks until the parent closes its end of the pipe or dies."""
     _redirect_output(output_path)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     threading.Thread(target=_exit_with_parent, daemon=True, name="watch-parent").start()
     torch.set_num_threads(1)
@@ -115,14 +126,19 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _run_task(task: Task) -> tuple[bool, bytes | str]:
-    """Returns (True, pickled result) or (False, traceback)."""
+def _run_task(task: Task) -> bytes | Failure:
+    """Returns the pickled result, or what went wrong."""
+    failed_at = math.inf
     try:
         with _clean_state(task.rank, task.world_size), _process_group(task):
-            fn, args, kwargs = pickle.loads(task.call)
-            return True, pickle.dumps(fn(*args, **kwargs))
+            try:
+                fn, args, kwargs = pickle.loads(task.call)
+                return pickle.dumps(fn(*args, **kwargs))
+            except BaseException:
+                failed_at = time.monotonic()  # before the group is destroyed, which makes the other ranks fail
+                raise
     except BaseException:  # SystemExit and pytest's own outcomes are results too, not reasons to lose a worker
-        return False, traceback.format_exc()
+        return Failure(min(failed_at, time.monotonic()), traceback.format_exc())
 
 
 @contextlib.contextmanager
@@ -249,9 +265,9 @@ class Pool:
 
 
 def _collect(workers: list[Worker], timeout: float) -> tuple[dict[int, bytes], dict[int, str]]:
-    """Wait for every rank's answer, death or the deadline. Returns (results, failures), each by rank."""
+    """Wait for every rank's answer, death or the deadline. Returns (results, failures by time), each by rank."""
     results: dict[int, bytes] = {}
-    failures: dict[int, str] = {}
+    failures: dict[int, Failure] = {}
     pending = dict(enumerate(workers))
     start = time.monotonic()
     deadline = start + timeout
@@ -262,34 +278,35 @@ def _collect(workers: list[Worker], timeout: float) -> tuple[dict[int, bytes], d
             if not ready & {worker.connection, worker.process.sentinel}:
                 continue
             del pending[rank]
-            succeeded, answer = _read_answer(worker)
-            if succeeded:
-                results[rank] = answer
-            else:
-                failures[rank] = answer + worker.printed()
+            answer = _read_answer(worker)
+            if isinstance(answer, Failure):
+                failures[rank] = answer
                 deadline = min(deadline, time.monotonic() + GRACE_AFTER_FAILURE)
-    failures |= _report_hangs(pending, time.monotonic() - start)
-    return results, failures
+            else:
+                results[rank] = answer
+    texts = {rank: failure.text for rank, failure in sorted(failures.items(), key=lambda item: item[1])}
+    texts |= _dump_hanging(pending, time.monotonic() - start)
+    return results, {rank: text + workers[rank].printed() for rank, text in texts.items()}
 
 
-def _read_answer(worker: Worker) -> tuple[bool, Any]:
-    """The worker's (succeeded, result or text); a death is a failure whose text names the signal."""
+def _read_answer(worker: Worker) -> bytes | Failure:
+    """The worker's pickled result or its failure; a death is a failure whose text names the signal."""
     if worker.connection.poll():  # an answer sent just before dying still counts
         with contextlib.suppress(EOFError, ConnectionResetError):
             return pickle.loads(worker.connection.recv_bytes())
     worker.process.join()
     code = worker.process.exitcode
     cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    return False, f"the process died: {cause}"
+    return Failure(0.0, f"the process died: {cause}")
 
 
-def _report_hangs(pending: dict[int, Worker], seconds: float) -> dict[int, str]:
-    """For each rank that has not answered: the stack of all its threads."""
+def _dump_hanging(pending: dict[int, Worker], seconds: float) -> dict[int, str]:
+    """Have each rank that has not answered print the stack of all its threads."""
     for worker in pending.values():
         worker.dump_stacks()
     if pending:
         time.sleep(0.3)  # faulthandler writes from a signal handler: give it the time to
-    return {rank: f"no answer after {seconds:.1f} s, killed" + w.printed() for rank, w in pending.items()}
+    return dict.fromkeys(pending, f"no answer after {seconds:.1f} s, killed")
 
 
 @contextlib.contextmanager
