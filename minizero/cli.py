@@ -1,0 +1,105 @@
+"""The verbs: `minizero train | doctor`, small conveniences around `torchrun -m minizero.train`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import shlex
+import signal
+import sys
+from importlib import metadata
+
+import torch
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+PACKAGES = ("minizero", "torch", "numpy", "pydantic", "tokenizers", "safetensors", "transformers", "deepspeed")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb and return the exit code."""
+    parser = argparse.ArgumentParser(prog="minizero", description="ZeRO training on torch.distributed.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    train = verbs.add_parser("train", help="show the torchrun line for a config, or run it", allow_abbrev=False)
+    train.add_argument("config", help="TOML or JSON file; further --a.b VALUE override its settings")
+    train.add_argument("--nproc", help="run on this many processes here; `auto`: one per GPU, or 2 on CPUs")
+
+    doctor = verbs.add_parser("doctor", help="show versions, devices and backends")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+
+    known, overrides = parser.parse_known_args(arguments)
+    if known.verb == "train":
+        return train_verb(known.config, known.nproc, overrides)
+    if overrides:
+        parser.error(f"unknown arguments: {' '.join(overrides)}")
+    return doctor_verb(known.json)
+
+
+def train_verb(config: str, nproc: str | None, overrides: list[str]) -> int:
+    """Print the torchrun line, or with `nproc` run it; returns the exit code."""
+    processes = default_processes() if nproc in (None, "auto") else _positive(nproc)
+    if torch.cuda.is_available() and not any(o.split("=")[0] == "--precision" for o in overrides):
+        overrides = ["--precision", "bf16", *overrides]
+    arguments = ["--standalone", "--nproc-per-node", str(processes), "-m", "minizero.train", config, *overrides]
+    print(shlex.join(["torchrun", *arguments]), flush=True)
+    return 0 if nproc is None else launch(arguments, processes)
+
+
+def default_processes() -> int:
+    """One process per visible GPU, or two on CPUs."""
+    return torch.cuda.device_count() or 2
+
+
+def launch(arguments: list[str], processes: int) -> int:
+    """Run torchrun in this process, without the tracebacks that it adds to what the ranks have said themselves."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        torchrun.main(arguments)
+    except ChildFailedError as error:
+        for rank, failure in error.failures.items():
+            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # torchrun itself sends SIGTERM
+                print(f"minizero: rank {rank} was killed by {failure.signal_name()}", file=sys.stderr)
+        return 1
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def doctor_verb(as_json: bool) -> int:
+    """Print what this machine offers."""
+    report = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu_cores": os.cpu_count(),
+        "cpu_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "backends": [name for name in ("gloo", "nccl") if torch.distributed.is_backend_available(name)],
+        "default": f"{default_processes()} processes over {'nccl' if torch.cuda.is_available() else 'gloo'}",
+    }
+    if as_json:
+        print(json.dumps(report))
+        return 0
+    for name, value in report.items():
+        text = ", ".join(f"{k} {v or '-'}" for k, v in value.items()) if isinstance(value, dict) else value
+        print(f"{name:<12}{', '.join(text) or 'none' if isinstance(text, list) else text}")
+    return 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise SystemExit(f"minizero train: --nproc is {text!r}; legal: auto, or a number from 1")
+    return int(text)
