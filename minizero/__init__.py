@@ -1,0 +1,44 @@
+"""minizero: train models that outgrow one process, and read how.
+
+    engine, optimizer, loader, scheduler = minizero.initialize(model=model, config="ds_config.json")
+    loss = engine(batch); engine.backward(loss); engine.step()
+
+`import minizero as deepspeed` runs a script written for DeepSpeed's engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from minizero import zero
+from minizero.config import Config
+from minizero.dist.collectives import CollectiveError
+from minizero.dist.dims import ParallelDims
+from minizero.dist.mesh import init_distributed
+from minizero.engine import Engine
+from minizero.api import initialize
+from minizero.zero import unsharded
+
+__version__ = "0.1.0"
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add DeepSpeed's `--deepspeed` and `--deepspeed_config` to `parser`, so that its scripts parse as they are."""
+    group = parser.add_argument_group("DeepSpeed", "names kept from DeepSpeed")
+    group.add_argument("--deepspeed", default=False, action="store_true", help="accepted for compatibility")
+    group.add_argument("--deepspeed_config", default=None, type=str, help="path of the DeepSpeed JSON config")
+    group.add_argument("--local_rank", default=-1, type=int, help="accepted: torchrun sets LOCAL_RANK")
+    return parser
+
+
+__all__ = [
+    "CollectiveError",
+    "Config",
+    "Engine",
+    "ParallelDims",
+    "add_config_arguments",
+    "init_distributed",
+    "initialize",
+    "unsharded",
+    "zero",
+]

@@ -1,0 +1,192 @@
+"""`minizero.initialize`: from a model and its settings to an engine, in DeepSpeed's signature.
+
+The order is the story: settings -> processes -> mesh -> ranks compare what they were given -> batch sizes -> shards ->
+optimizer over the shards -> schedule -> data loader -> engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from minizero.config import Config
+from minizero.config.load import from_any
+from minizero.dist.collectives import Communicator
+from minizero.dist.dims import ParallelDims
+from minizero.dist.ledger import CommLedger
+from minizero.dist.mesh import build_mesh, init_distributed, local_device
+from minizero.engine import Engine
+from minizero.optim.build import build_optimizer, optimizer_class
+from minizero.optim.loss_scale import LossScaler
+from minizero.optim.schedules import build_schedule
+from minizero.utils.warnings import warn_once
+from minizero.zero.optimizer import ZeroOptimizer
+from minizero.zero.policy import Policy
+from minizero.zero.runtime import ZeroRuntime
+
+ConfigSource = Config | dict[str, Any] | str | Path
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | Callable[[Iterable[Any]], torch.optim.Optimizer] | None = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int | None = None,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[..., Any] | None = None,
+    config: ConfigSource | None = None,
+    config_params: ConfigSource | None = None,
+) -> tuple[Engine, ZeroOptimizer, Any, Any]:
+    """Shard `model` over the ranks and return `(engine, optimizer, dataloader, lr_scheduler)`; collective.
+
+    Args:
+        args: a namespace whose `deepspeed_config` names the config file, when `config` is not given.
+        model: any module; on the meta device it is initialized shard by shard.
+        optimizer: a torch optimizer over the model's parameters, or a callable that makes one; None builds the config's.
+        model_parameters: tensors or param groups for the config's optimizer; None means every trainable parameter.
+        training_data: a map-style dataset; a loader of micro-batches for this rank is returned.
+        lr_scheduler: a scheduler object, or a callable optimizer -> scheduler; None builds the config's.
+        config: a `Config`, a DeepSpeed JSON (path or dict), or a minizero TOML/JSON path. `config_params` is its old name.
+        distributed_port, mpu, dist_init_required: of DeepSpeed's launcher; torchrun's environment takes their place.
+
+    Raises ValueError (on every rank) for settings that contradict each other, the model or the world size.
+    """
+    settings = from_any(one_config(args, config, config_params))
+    if model is None:
+        raise ValueError("initialize() needs a model")
+    if mpu is not None:
+        raise ValueError("initialize(mpu=...) is not available: tensor and pipeline degrees are settings (parallel.tp, parallel.pp)")
+    if distributed_port is not None and "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(distributed_port)
+    init_distributed(settings.dist.backend, settings.dist.timeout)
+    parallel = settings.parallel
+    dims = ParallelDims(dist.get_world_size(), tp=parallel.tp, pp=parallel.pp, cp=parallel.cp)
+    mesh = build_mesh(dims, settings.dist.timeout)
+    device = local_device()
+    comm = Communicator(mesh, "dp", CommLedger(), check=settings.debug.collectives)
+    compare_over_ranks(comm, settings, model, device)
+    batch = settings.batch(comm.size)
+    policy = Policy.from_config(settings, device)
+    if "cpu" in (settings.zero.offload_optimizer, settings.zero.offload_param) and device.type == "cpu":
+        warn_once("offload to the CPU on a CPU run: everything is in host memory already, there is nothing to move")
+
+    runtime = ZeroRuntime(model, comm, policy, device, settings.train.seed)
+    inner = make_optimizer(optimizer, model, model_parameters, settings)
+    scaler = LossScaler(settings.loss_scale, enabled=settings.precision == "fp16")
+    sharded = ZeroOptimizer(
+        inner,
+        runtime,
+        scaler=scaler,
+        clip=settings.train.gradient_clipping,
+        allow_untested=settings.zero.allow_untested_optimizer,
+    )
+    schedule = make_schedule(lr_scheduler, sharded, settings)
+    loader = None if training_data is None else make_loader(training_data, collate_fn, comm, batch.micro_batch_size, settings)
+    if dist.get_rank() == 0:
+        print(dtype_table(runtime), flush=True)
+    engine = Engine(
+        module=model,
+        optimizer=sharded,
+        lr_scheduler=schedule,
+        runtime=runtime,
+        comm=comm,
+        mesh=mesh,
+        batch=batch,
+        config=settings,
+        dataloader=loader,
+    )
+    return engine, sharded, loader, schedule
+
+
+def one_config(args: Any, config: ConfigSource | None, config_params: ConfigSource | None) -> ConfigSource:
+    """The one place the settings were given. Raises ValueError when there is none, or more than one."""
+    named = getattr(args, "deepspeed_config", None)
+    given = {"config": config, "config_params": config_params, "args.deepspeed_config": named}
+    present = {name: value for name, value in given.items() if value is not None}
+    if len(present) != 1:
+        found = ", ".join(present) or "nothing"
+        raise ValueError(f"initialize() takes its settings from exactly one of {', '.join(given)}; found {found}")
+    return next(iter(present.values()))
+
+
+def compare_over_ranks(comm: Communicator, settings: Config, model: nn.Module, device: torch.device) -> None:
+    """Raise ValueError on every rank when ranks were given different settings or models, saying what differs."""
+    lines = [f"{key} = {value}" for key, value in sorted(flatten(settings.model_dump(exclude={"run"})).items())]
+    shapes = [f"parameter {n}: {tuple(p.shape)} {p.dtype} trainable={p.requires_grad}" for n, p in model.named_parameters()]
+    digest = hashlib.sha256("\n".join(lines + shapes).encode()).digest()
+    if len(set(comm.gather_bytes(digest, "settings digest", device))) == 1:
+        return
+    everyone = comm.gather_bytes("\n".join(lines + shapes).encode(), "settings", device)
+    texts = [set(text.decode().split("\n")) for text in everyone]
+    common = set.intersection(*texts)
+    rows = [f"  rank {rank}: {'; '.join(sorted(text - common)[:5]) or '(nothing more)'}" for rank, text in enumerate(texts)]
+    raise ValueError("ranks were started with different settings or models:\n" + "\n".join(rows))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict -> {dotted key: value}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def make_optimizer(optimizer: Any, model: nn.Module, model_parameters: Any, settings: Config) -> torch.optim.Optimizer:
+    """The user's optimizer, or the configured one over `model_parameters`."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        if model_parameters is not None:
+            raise ValueError("initialize() was given both an optimizer and model_parameters; the optimizer holds its own")
+        return optimizer
+    parameters = list(model_parameters) if model_parameters is not None else [p for p in model.parameters() if p.requires_grad]
+    if callable(optimizer):
+        return optimizer(parameters)
+    optimizer_class(settings.optimizer.type)
+    return build_optimizer(settings.optimizer, parameters)
+
+
+def make_schedule(lr_scheduler: Any, optimizer: ZeroOptimizer, settings: Config) -> Any:
+    """The user's schedule (built on the sharded optimizer, when it is a callable), or the configured one."""
+    if lr_scheduler is None:
+        return build_schedule(settings.scheduler, optimizer)
+    is_object = hasattr(lr_scheduler, "step") and not inspect.isclass(lr_scheduler)
+    return lr_scheduler if is_object else lr_scheduler(optimizer)
+
+
+def make_loader(
+    dataset: Any, collate_fn: Callable[..., Any] | None, comm: Communicator, micro_batch_size: int, settings: Config
+) -> DataLoader[Any]:
+    """Shuffled micro-batches of `dataset` for this data-parallel rank."""
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        dataset, num_replicas=comm.size, rank=comm.rank, shuffle=True, seed=settings.train.seed, drop_last=True
+    )
+    return DataLoader(dataset, batch_size=micro_batch_size, sampler=sampler, collate_fn=collate_fn, drop_last=True)
+
+
+def dtype_table(runtime: ZeroRuntime) -> str:
+    """One line per parameter dtype: in which dtype each thing is kept, sent and summed."""
+    rows = ["param      grad       reduce     accumulate master     moments    elements"]
+    seen: dict[tuple[str, ...], int] = {}
+    for group in runtime.groups:
+        master = group.master.dtype if group.master is not None else "frozen"
+        kinds = (group.dtype, group.dtype, group.reduce_dtype, group.accumulation_dtype, master, master)
+        key = tuple(str(kind).removeprefix("torch.") for kind in kinds)
+        seen[key] = seen.get(key, 0) + sum(group.layout.sizes)
+    rows += [" ".join(f"{kind:<10}" for kind in key) + f" {count:,}" for key, count in seen.items()]
+    units = f"ZeRO stage {runtime.policy.stage} over {runtime.comm.size} ranks, {len(runtime.units)} units"
+    return "\n".join([units, *rows])

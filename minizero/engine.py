@@ -1,0 +1,400 @@
+"""The engine: one model, one optimizer, one accumulation window.
+
+It has DeepSpeed's surface, so that `import minizero as deepspeed` is all a script needs to change:
+
+    loss = engine(batch); engine.backward(loss); engine.step()     # or engine.train_batch(iterator)
+
+`backward` divides a mean loss by the accumulation steps; `step` does nothing off the boundary. A loss may also be a
+pair (sum over tokens, number of tokens): gradients are then divided once, by the tokens of the whole global batch, which
+is exact for ragged batches where a mean of means is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_map
+
+from minizero.checkpoint.state import TrainingState, load_state, save_state
+from minizero.checkpoint.weights import save_weights
+from minizero.config import Config
+from minizero.config.batch import BatchSizes
+from minizero.dist.collectives import Communicator
+from minizero.observe.log import EngineLog
+from minizero.utils.warnings import warn_once
+from minizero.zero.optimizer import StepResult, Window, ZeroOptimizer
+from minizero.zero.policy import DTYPES
+from minizero.zero.runtime import ZeroRuntime
+
+Loss = Tensor | tuple[Tensor, Tensor]
+
+
+class Engine:
+    """Made by `minizero.initialize`; every method is called on every rank.
+
+    Attributes:
+        module: the model. optimizer: its sharded optimizer. lr_scheduler: stepped after each applied step, or None.
+        device, mesh, dp_rank, dp_size: where this rank runs. ledger: what has been communicated.
+        global_steps: boundaries passed. global_samples: sequences consumed. skipped_steps: of those steps, the skipped.
+        micro_steps: backward passes.
+    """
+
+    def __init__(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: ZeroOptimizer,
+        lr_scheduler: Any,
+        runtime: ZeroRuntime,
+        comm: Communicator,
+        mesh: DeviceMesh,
+        batch: BatchSizes,
+        config: Config,
+        dataloader: Any = None,
+    ) -> None:
+        self.module = module
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.runtime = runtime
+        self.comm = comm
+        self.mesh = mesh
+        self.ledger = comm.ledger
+        self.batch = batch
+        self.config = config
+        self.device = runtime.device
+        self.dp_rank, self.dp_size = comm.rank, comm.size
+        self.training_dataloader = dataloader
+        self.global_steps = self.global_samples = self.skipped_steps = self.micro_steps = 0
+        self.result: StepResult | None = None
+        self.log = EngineLog(config.log, enabled=torch.distributed.get_rank() == 0)
+        self._window = Window()
+        self._boundary: bool | None = None  # set by the user; None means the engine counts
+        self._step_pending = False  # between a backward and its step
+        self._synchronize = True
+        self._iterator: Iterator[Any] | None = None
+
+    # ---- one micro-batch ----
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward; float inputs are cast to the compute dtype."""
+        with self.ledger.phase("forward" if self.module.training else "eval"), self.log.timer("forward"):
+            try:
+                return self.module(*tree_map(self._to_compute, args), **tree_map(self._to_compute, kwargs))
+            except BaseException:
+                self.runtime.abort()
+                raise
+
+    forward = __call__
+
+    def backward(self, loss: Loss, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        """Gradients of `loss` into the accumulation window.
+
+        Args:
+            loss: 0-d mean loss, divided by the accumulation steps unless `scale_wrt_gas` is False; or a pair (sum, count).
+
+        Returns the loss that was differentiated (without the fp16 scale), as DeepSpeed does.
+        """
+        boundary, self._step_pending = self._next_is_boundary(), True
+        value, tokens = loss if isinstance(loss, tuple) else (loss, None)
+        if not isinstance(value, Tensor) or value.dim() != 0 or not value.requires_grad:
+            raise ValueError("backward needs a 0-d loss that depends on trainable parameters, or a pair (loss sum, token count)")
+        count = None if tokens is None else torch.as_tensor(tokens, device=self.device)
+        if tokens is None and self.batch.accumulation > 1:
+            warn_once(
+                "a mean loss with gradient accumulation is a mean of means: exact only if all micro-batches hold equally many "
+                "tokens. Give backward a pair (loss sum, token count) otherwise."
+            )
+        self._window.add(value, count)
+        if tokens is None and scale_wrt_gas:
+            value = value / self.batch.accumulation
+        with self.ledger.phase("backward"), self.log.timer("backward"):
+            try:
+                self.runtime.begin_backward(value, boundary=boundary, sync=self._synchronize)
+                (value * self.optimizer.scaler.scale).backward(retain_graph=retain_graph)
+                self.runtime.end_backward()
+            except BaseException:
+                self.runtime.abort()
+                self._window = Window()
+                raise
+        self.micro_steps += 1
+        return value.detach()
+
+    def step(self) -> None:
+        """On the accumulation boundary: clip, update, gather, advance the schedule. Elsewhere nothing.
+
+        Raises FloatingPointError as `ZeroOptimizer.step_window` says.
+        """
+        self._step_pending = False
+        if not self._at_boundary():
+            return
+        if self._window.micro_batches == 0:
+            raise RuntimeError("step() without a backward() before it")
+        window, self._window = self._window, Window()
+        with self.ledger.phase("step"), self.log.timer("step"):
+            self.result = self.optimizer.step_window(window)
+        self.global_steps += 1
+        self.global_samples += self.batch.global_batch_size
+        if self.result.applied:
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step()
+        else:
+            self.skipped_steps += 1
+        self.log.step(self)
+
+    def _at_boundary(self) -> bool:
+        """Whether the window that the last backward closed is full."""
+        if self._boundary is not None:
+            return self._boundary
+        return self._window.micro_batches > 0 and self._window.micro_batches % self.batch.accumulation == 0
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the micro-batch at hand (until its `step`, also after its `backward`) is the last before an update."""
+        return self._at_boundary() if self._step_pending else self._next_is_boundary()
+
+    def _next_is_boundary(self) -> bool:
+        if self._boundary is not None:
+            return self._boundary
+        return (self._window.micro_batches + 1) % self.batch.accumulation == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Take over the count of the accumulation boundary: until further notice it is what the caller says."""
+        self._boundary = bool(is_boundary)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Keep whole gradients on this rank inside the block. Legal at every stage; costs their memory at stages 2 and 3."""
+        self._synchronize = False
+        try:
+            yield
+        finally:
+            self._synchronize = True
+
+    # ---- whole batches ----
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
+        """One optimizer step over `gradient_accumulation_steps` micro-batches from `data_iter`.
+
+        A micro-batch is a dict (keyword arguments of the model), a tuple (positional) or a tensor; the model returns its
+        loss, a pair (sum, count), or an object with `.loss`. Returns the 0-d float64 mean loss over the global batch.
+        """
+        iterator = self._training_iterator() if data_iter is None else data_iter
+        self.module.train()
+        for _ in range(self.batch.accumulation):
+            self.backward(loss_of(self._forward_batch(next(iterator))))
+        self.step()
+        assert self.result is not None
+        return torch.tensor(self.result.loss, dtype=torch.float64)
+
+    @torch.no_grad()
+    def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
+        """Mean loss, over all ranks, of one global batch in evaluation mode; collective. 0-d float64."""
+        was_training = self.module.training
+        self.module.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for _ in range(self.batch.accumulation):
+            loss = loss_of(self._forward_batch(next(data_iter)))
+            value, count = loss if isinstance(loss, tuple) else (loss, torch.ones(()))
+            total += torch.stack([value.double().to(self.device), count.double().to(self.device)])
+        self.module.train(was_training)
+        with self.ledger.phase("eval"):
+            summed = self.comm.gather_rows(total, "evaluation loss").sum(dim=0).cpu()
+        return summed[0] / summed[1]
+
+    def _forward_batch(self, batch: Any) -> Any:
+        moved = tree_map(lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, batch)
+        if isinstance(moved, dict):
+            return self(**moved)
+        return self(*moved) if isinstance(moved, tuple | list) else self(moved)
+
+    def _training_iterator(self) -> Iterator[Any]:
+        if self.training_dataloader is None:
+            raise ValueError("train_batch() needs an iterator, or training_data given to initialize()")
+        if self._iterator is None:
+            self._iterator = forever(self.training_dataloader)
+        return self._iterator
+
+    def _to_compute(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dtype == torch.float32 and self.config.precision != "fp32":
+            return leaf.to(DTYPES[self.config.precision])
+        return leaf
+
+    # ---- what a script may ask ----
+
+    def train(self, mode: bool = True) -> Engine:
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Engine:
+        return self.train(False)
+
+    def zero_grad(self) -> None:
+        """Drop the running window and its gradients."""
+        self.optimizer.zero_grad()
+        self._window = Window()
+
+    def get_global_grad_norm(self) -> float | None:
+        """L2 norm of the last step's gradient over the whole model, before clipping; None before the first step."""
+        return self.result.grad_norm if self.result else None
+
+    def get_lr(self) -> list[float]:
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def get_mom(self) -> list[Any]:
+        return [group.get("betas", group.get("momentum")) for group in self.optimizer.param_groups]
+
+    def was_step_applied(self) -> bool:
+        """False when the last step was skipped because gradients were not finite."""
+        return bool(self.result and self.result.applied)
+
+    def train_batch_size(self) -> int:
+        return self.batch.global_batch_size
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return self.batch.micro_batch_size
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.batch.accumulation
+
+    def zero_optimization_stage(self) -> int:
+        return self.config.zero.stage
+
+    def zero_gather_16bit_weights_on_model_save(self) -> bool:
+        return self.config.zero.gather_16bit_weights_on_model_save
+
+    @property
+    def loss_scale(self) -> float:
+        return self.optimizer.scaler.scale
+
+    @property
+    def local_rank(self) -> int:
+        return self.device.index or 0
+
+    @property
+    def global_rank(self) -> int:
+        return torch.distributed.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return torch.distributed.get_world_size()
+
+    @property
+    def dp_world_size(self) -> int:
+        return self.dp_size
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.module.parameters()
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes of model state on this rank by kind: parameters, masters, gradients, optimizer."""
+        states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.dim()]
+        return {**self.runtime.memory_bytes(), "optimizer": sum(t.nbytes for t in states)}
+
+    # ---- files ----
+
+    def save_checkpoint(
+        self, save_dir: str | Path, tag: str | None = None, client_state: dict[str, Any] | None = None, save_latest: bool = True
+    ) -> bool:
+        """Write everything that resuming needs to `save_dir/tag` (default `global_step{N}`); collective.
+
+        Refused in the middle of an accumulation window, whose gradients are not part of a checkpoint.
+        """
+        if self._window.micro_batches and not self._at_boundary():
+            raise RuntimeError("save_checkpoint() in the middle of an accumulation window; call it after step()")
+        with self.ledger.phase("checkpoint"):
+            save_state(self._state(), Path(save_dir), tag or f"global_step{self.global_steps}", client_state or {}, save_latest)
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+    ) -> tuple[str | None, dict[str, Any]]:
+        """Continue from `load_dir/tag` (default: what the file `latest` names); collective.
+
+        Returns (path, client_state), or (None, {}) when there is no checkpoint. Raises `CheckpointError` naming the file
+        that is damaged or the layout that differs.
+        """
+        if not load_module_strict:
+            raise ValueError("load_module_strict=False is not available: a checkpoint must hold every parameter")
+        with self.ledger.phase("checkpoint"):
+            path, counters, client_state = load_state(
+                self._state(),
+                Path(load_dir),
+                tag,
+                optimizer=load_optimizer_states and not load_module_only,
+                scheduler=load_lr_scheduler_states and not load_module_only,
+            )
+            if path is not None:
+                self.runtime.refresh()
+        if path is not None and not load_module_only:
+            self.global_steps, self.global_samples = counters["global_steps"], counters["global_samples"]
+            self.skipped_steps, self.micro_steps = counters["skipped_steps"], counters["micro_steps"]
+        self._window = Window()
+        return (str(path) if path else None), client_state
+
+    def _state(self) -> TrainingState:
+        counters = {
+            "global_steps": self.global_steps,
+            "global_samples": self.global_samples,
+            "skipped_steps": self.skipped_steps,
+            "micro_steps": self.micro_steps,
+        }
+        return TrainingState(self.module, self.runtime, self.optimizer, self.lr_scheduler, self.comm, counters)
+
+    def save_16bit_model(self, save_dir: str | Path, save_filename: str = "model.safetensors") -> bool:
+        """Write whole weights in the compute dtype to one safetensors file on rank 0; collective.
+
+        At stage 3 this must have been allowed by `zero.gather_16bit_weights_on_model_save`; otherwise nothing is written
+        and False is returned, as DeepSpeed does.
+        """
+        if self.config.zero.stage == 3 and not self.config.zero.gather_16bit_weights_on_model_save:
+            warn_once("save_16bit_model at stage 3 needs zero.gather_16bit_weights_on_model_save; nothing was written")
+            return False
+        with self.ledger.phase("checkpoint"):
+            save_weights(self.runtime, self.module, Path(save_dir) / Path(save_filename).with_suffix(".safetensors"))
+        return True
+
+    def destroy(self) -> None:
+        """Release sharded parameters' buffers and close log files."""
+        self.log.close()
+
+
+def loss_of(output: Any) -> Loss:
+    """The loss in a model's output: itself, a (sum, count) pair, `.loss`, or `["loss"]`."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, tuple) and len(output) == 2 and all(isinstance(part, Tensor) and part.dim() == 0 for part in output):
+        return output
+    loss = getattr(output, "loss", None)
+    if loss is None and isinstance(output, dict):
+        loss = output.get("loss")
+    if loss is None:
+        raise ValueError(f"the model returned {type(output).__name__}; train_batch needs a 0-d loss, (sum, count), or .loss")
+    return loss
+
+
+def forever(dataloader: Any) -> Iterator[Any]:
+    """The batches of `dataloader`, epoch after epoch."""
+    epoch = 0
+    while True:
+        sampler = getattr(dataloader, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        empty = True
+        for batch in dataloader:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("the training data loader is empty")
+        epoch += 1
+

@@ -1,0 +1,174 @@
+"""One flat buffer behind the parameters of a unit, and the shard of it that this rank keeps.
+
+All stages use the same layout; a stage only decides what stays allocated between uses.
+
+Glossary (N = data-parallel ranks, S = shard elements, dtype in brackets):
+    flat     [N * S] (compute)       every parameter is a view into it while the unit is whole. At stage 3 its
+                                     *storage* is emptied between uses and filled again in place, because autograd
+                                     keeps views of it (a linear layer saves its transposed weight)
+    shard    [S]     (compute)       the part this rank keeps: a view of `flat`, or its own tensor at stage 3
+    master   [S] or [N * S] (fp32)   what the optimizer updates: `shard` itself where that is fp32 (or fp64) already,
+                                     else a wider copy. Whole at stage 0, where no optimizer state is sharded
+    grad     [S] or [N * S] (accumulation dtype)  the reduced gradient; lives from the first reduction to the step
+    nan      []      (compute)       what a parameter points at, expanded to its shape, while it is sharded: a stray
+                                     read is NaN, a write raises, and no memory is held
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from minizero.dist.sharding import FlatLayout, Span
+from minizero.zero.policy import Policy
+
+
+class FlatGroup:
+    """The parameters of one unit that share dtype and trainability."""
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        *,
+        rank: int,
+        world: int,
+        device: torch.device,
+        policy: Policy,
+    ) -> None:
+        self.names = tuple(parameters)
+        self.parameters = tuple(parameters.values())
+        self.rank = rank
+        self.trainable = self.parameters[0].requires_grad
+        self.dtype = policy.dtype_of(self.parameters[0].dtype)
+        self.layout = FlatLayout(tuple(p.numel() for p in self.parameters), world)
+        self.accumulation_dtype = policy.accumulation_of(self.dtype)
+        self.reduce_dtype = policy.reduce_dtype or self.dtype
+        self.frees_whole = policy.shards_parameters and world > 1
+        self.owned_ranks = (rank,) if policy.shards_optimizer else tuple(range(world))
+        self.grad: Tensor | None = None
+        self.nan = torch.full((), float("nan"), dtype=self.dtype, device=device)
+        self._allocate(device, policy)
+
+    def _allocate(self, device: torch.device, policy: Policy) -> None:
+        size = self.layout.shard_size
+        self.flat = torch.zeros(self.layout.padded_size, dtype=self.dtype, device=device)
+        self.shard = self.flat[self.rank * size : (self.rank + 1) * size]
+        self._views = tuple(
+            self.flat[offset : offset + p.numel()].view(p.shape)
+            for offset, p in zip(self.layout.offsets, self.parameters, strict=True)
+        )
+        if self.frees_whole:
+            self.shard = host_tensor(self.shard) if policy.offload_parameters else self.shard.clone()
+            self._empty_storage()
+        self.master: Tensor | None = None
+        if self.trainable:
+            owned = self.shard if policy.shards_optimizer else self.flat
+            wide = torch.promote_types(self.dtype, torch.float32)
+            if policy.offload_optimizer:
+                self.master = host_tensor(owned, dtype=wide)
+            else:
+                self.master = owned if self.dtype == wide else owned.to(wide)
+
+    # ---- values in and out ----
+
+    def load(self, index: int, value: Tensor) -> None:
+        """Take `value` (whole, any float dtype) as the value of parameter `index`, master included."""
+        value_flat = value.detach().reshape(-1)
+        if not self.frees_whole:
+            offset = self.layout.offsets[index]
+            self.flat[offset : offset + value.numel()].copy_(value_flat)
+        else:
+            for span in self._spans(self.rank, index):
+                self.shard[span.offset : span.offset + span.numel].copy_(value_flat[span.start : span.stop])
+        for (_, span), target in zip(self.owned_spans(), self.master_views(), strict=True):
+            if span.index == index:
+                target.copy_(value_flat[span.start : span.stop])
+
+    def _spans(self, rank: int, index: int) -> list[Span]:
+        return [span for span in self.layout.spans[rank] if span.index == index]
+
+    def owned_spans(self) -> list[tuple[int, Span]]:
+        """(rank whose shard it is, span) of everything this rank updates, in flat order."""
+        if not self.trainable:
+            return []
+        return [(rank, span) for rank in self.owned_ranks for span in self.layout.spans[rank]]
+
+    def master_views(self) -> list[Tensor]:
+        """1-D views of the master weights, one per owned span."""
+        return [] if self.master is None else self._views_of(self.master)
+
+    def grad_views(self) -> list[Tensor]:
+        """1-D views of the reduced gradient, one per owned span."""
+        return [] if self.grad is None else self._views_of(self.grad)
+
+    def _views_of(self, buffer: Tensor) -> list[Tensor]:
+        first = self.owned_ranks[0]
+        views = []
+        for rank, span in self.owned_spans():
+            begin = (rank - first) * self.layout.shard_size + span.offset
+            views.append(buffer[begin : begin + span.numel])
+        return views
+
+    # ---- gradients ----
+
+    def grad_shard(self) -> Tensor:
+        """[S] this rank's part of the reduced gradient, allocated (zeroed, for the padding) on first use."""
+        if self.grad is None:
+            numel = self.layout.shard_size * len(self.owned_ranks)
+            self.grad = torch.zeros(numel, dtype=self.accumulation_dtype, device=self.flat.device)
+        if len(self.owned_ranks) == 1:
+            return self.grad
+        return self.grad[self.rank * self.layout.shard_size : (self.rank + 1) * self.layout.shard_size]
+
+    def publish_master(self) -> None:
+        """Copy updated masters back into what computes, where they are not the same memory."""
+        if self.master is None:
+            return
+        target = self.shard if self.master.numel() == self.shard.numel() else self.flat
+        if target.data_ptr() != self.master.data_ptr():
+            target.copy_(self.master, non_blocking=True)
+
+    # ---- whole and sharded ----
+
+    def fill_own_slice(self) -> Tensor:
+        """Give `flat` its memory back, with this rank's slice in place; the caller gathers the other slices."""
+        if self.frees_whole:
+            self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.itemsize)
+            size = self.layout.shard_size
+            self.flat[self.rank * size : (self.rank + 1) * size].copy_(self.shard, non_blocking=True)
+        return self.flat
+
+    def point_at_whole(self) -> None:
+        for parameter, view in zip(self.parameters, self._views, strict=True):
+            parameter.data = view
+
+    def point_at_nothing(self) -> None:
+        """Free the whole buffer; parameters keep their shape but read as NaN."""
+        for parameter in self.parameters:
+            parameter.data = self.nan.expand(parameter.shape)
+        self._empty_storage()
+
+    def _empty_storage(self) -> None:
+        self.flat.untyped_storage().resize_(0)
+
+
+def host_tensor(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A pinned copy of `like` in host memory."""
+    host = torch.empty(like.shape, dtype=dtype or like.dtype, device="cpu", pin_memory=True)
+    return host.copy_(like)
+
+
+def group_parameters(parameters: dict[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
+    """Split a unit's parameters by (dtype, trainable), in order of first appearance."""
+    groups: dict[tuple[torch.dtype, bool], dict[str, nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault((parameter.dtype, parameter.requires_grad), {})[name] = parameter
+    return list(groups.values())
+
+
+def total_bytes(tensors: Sequence[Tensor | None]) -> int:
+    """Bytes of memory behind `tensors`, storages counted once and emptied ones as nothing."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(storages.values())

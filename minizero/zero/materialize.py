@@ -1,0 +1,96 @@
+"""Initial values, the same in every layout.
+
+A model built on the `meta` device has shapes and no memory. Each of its modules is given memory alone, filled by its own
+initializer from a generator seeded with (seed, module name), and handed on; a rank keeps its shards of it and the memory
+is freed before the next module. So initialization depends neither on the world size nor on the stage, and no rank
+ever holds the whole model. A module's initializer is the root's HuggingFace `_init_weights(module)` where it has one,
+else the module's own `reset_parameters()`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def module_seed(seed: int, name: str) -> int:
+    """A 63-bit seed for the module `name`."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def move_off_meta(model: nn.Module, device: torch.device) -> set[nn.Parameter]:
+    """Replace meta parameters by memoryless ones on `device`, ties kept; other tensors move there. Returns the replaced.
+
+    Until they are initialized, those parameters read as NaN.
+    """
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.is_meta:
+                if parameter not in replaced:
+                    nan = torch.full((), float("nan"), dtype=parameter.dtype, device=device)
+                    replaced[parameter] = nn.Parameter(nan.expand(parameter.shape), parameter.requires_grad)
+                setattr(module, name, replaced[parameter])
+            elif parameter.device != device:
+                parameter.data = parameter.data.to(device)
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if not buffer.is_meta and buffer.device != device:
+                module._buffers[name] = buffer.to(device)
+    return set(replaced.values())
+
+
+def initial_values(
+    model: nn.Module, uninitialized: set[nn.Parameter], device: torch.device, seed: int
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """(parameter, its whole initial value), each parameter once, one module's memory at a time.
+
+    Raises ValueError naming the module or parameter that has no initializer, or one that left a value unset.
+    """
+    left = set(uninitialized)
+    for name, module in model.named_modules():
+        own = {key: p for key, p in module.named_parameters(recurse=False) if p in left}
+        if own or any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            yield from initialize_module(model, name, module, own, device, seed)
+            left -= set(own.values())
+
+
+def initialize_module(
+    model: nn.Module, name: str, module: nn.Module, own: dict[str, nn.Parameter], device: torch.device, seed: int
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    shared = dict(module.named_parameters(recurse=False))
+    for key, parameter in shared.items():
+        poison = torch.full(parameter.shape, float("nan"), dtype=parameter.dtype, device=device)
+        module._parameters[key] = nn.Parameter(poison, parameter.requires_grad)
+    for key, buffer in module.named_buffers(recurse=False):
+        if buffer.is_meta:
+            empty = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+            module._buffers[key] = empty.fill_(float("nan")) if empty.is_floating_point() else empty.zero_()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(module_seed(seed, name))
+            initializer_of(model, name, module)()
+        filled = {key: module._parameters[key] for key in own}
+    finally:
+        module._parameters.update(shared)
+    for key, value in [*filled.items(), *module.named_buffers(recurse=False)]:
+        assert value is not None
+        if value.is_floating_point() and bool(value.isnan().any()):
+            raise ValueError(f"{type(module).__name__} {name!r}: its initializer leaves {key!r} unset or NaN")
+    for key, value in filled.items():
+        assert value is not None
+        yield own[key], value.detach()
+
+
+def initializer_of(model: nn.Module, name: str, module: nn.Module) -> Callable[[], object]:
+    if hasattr(model, "_init_weights"):
+        return lambda: model._init_weights(module)
+    if hasattr(module, "reset_parameters"):
+        return module.reset_parameters
+    raise ValueError(
+        f"{type(module).__name__} {name!r} holds parameters on the meta device but has no reset_parameters(): "
+        "give it one, or build the model on a real device"
+    )

@@ -1,0 +1,220 @@
+"""The sharded optimizer step, as named phases: finish reductions, norm, skip or scale, update, gather.
+
+Any element-wise torch optimizer works inside: its param groups are rewritten in place to hold, instead of parameters, 1-D
+slices of this rank's fp32 masters. Options such as weight decay stay with the slices, and schedulers that were
+given the optimizer go on working.
+
+The global norm is one routine for every layout: each rank sums the squares of *its own* slices (rows of 4096 in the
+accumulation dtype, the rows in float64), all ranks gather the sums and add them in rank order. The same exchange
+carries token counts and losses, so a step has one small collective.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minizero.optim.build import ELEMENT_WISE
+from minizero.optim.loss_scale import LossScaler
+from minizero.utils.warnings import warn_once
+from minizero.zero.runtime import ZeroRuntime
+
+NORM_ROW = 4096  # elements summed in the gradient's own dtype before float64 takes over
+MAX_SKIPS = 3  # consecutive steps with non-finite gradients, once no lower loss scale is left to try
+
+
+@dataclass
+class Window:
+    """What the micro-batches since the last step add up to, on this rank.
+
+    Attributes:
+        loss: sum of the losses: of means, or of token losses.
+        tokens: tokens behind those sums; None while losses are means.
+        micro_batches: how many there were.
+    """
+
+    loss: Tensor | None = None
+    tokens: Tensor | None = None
+    micro_batches: int = 0
+
+    def add(self, loss: Tensor, tokens: Tensor | None) -> None:
+        """Take one micro-batch in. Raises ValueError when means and (sum, count) losses are mixed."""
+        if self.micro_batches and (tokens is None) != (self.tokens is None):
+            raise ValueError("one accumulation window mixes mean losses with (sum, count) losses; use one kind")
+        detached = loss.detach().double()
+        self.loss = detached if self.loss is None else self.loss + detached
+        if tokens is not None:
+            self.tokens = tokens if self.tokens is None else self.tokens + tokens
+        self.micro_batches += 1
+
+
+@dataclass
+class StepResult:
+    """applied: parameters changed. grad_norm: global, before clipping. loss: mean over the global batch. tokens: its
+    size, where losses were given with counts."""
+
+    applied: bool
+    grad_norm: float
+    loss: float
+    tokens: int
+
+
+class ZeroOptimizer(torch.optim.Optimizer):
+    """Drives `inner` over this rank's slices.
+
+    Args:
+        inner: a torch optimizer over the model's parameters, before its first step; rewritten in place.
+        runtime: the model's ZeRO runtime.
+        scaler: fp16 loss scaling.
+        clip: largest global gradient norm; 0 for none.
+        allow_untested: accept an `inner` that is not known to be element-wise.
+
+    Raises ValueError for an optimizer that is not element-wise, has stepped already, or holds foreign parameters.
+    """
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        runtime: ZeroRuntime,
+        *,
+        scaler: LossScaler,
+        clip: float,
+        allow_untested: bool = False,
+    ) -> None:
+        self.inner = inner
+        self.runtime = runtime
+        self.scaler = scaler
+        self.clip = clip
+        self.overflow = False
+        self.skips_in_a_row = 0
+        refuse_unfit(inner, allow_untested)
+        self._shard_param_groups()
+        super().__init__(inner.param_groups, inner.defaults)
+        self.param_groups = inner.param_groups
+        self.state = inner.state
+
+    def _shard_param_groups(self) -> None:
+        """Replace each group's parameters by this rank's slices of them, in flat order."""
+        self.slices: list[tuple[nn.Parameter, Any, int]] = []  # (slice of a master, its flat group, place in it)
+        of_parameter: dict[nn.Parameter, list[nn.Parameter]] = {p: [] for p in self.runtime.locate()}
+        for group in self.runtime.groups:
+            for place, ((_, span), view) in enumerate(zip(group.owned_spans(), group.master_views(), strict=True)):
+                piece = nn.Parameter(view)
+                self.slices.append((piece, group, place))
+                of_parameter[group.parameters[span.index]].append(piece)
+        covered: set[nn.Parameter] = set()
+        for param_group in self.inner.param_groups:
+            if any(p not in of_parameter for p in param_group["params"]):
+                raise ValueError("the optimizer holds a parameter that is not part of the model (was it built on meta?)")
+            covered |= set(param_group["params"])
+            param_group["params"] = [piece for p in param_group["params"] for piece in of_parameter[p]]
+        forgotten = [n for g in self.runtime.groups if g.trainable for n, p in zip(g.names, g.parameters, strict=True)
+                     if p not in covered]
+        if forgotten:
+            warn_once(f"{len(forgotten)} trainable parameters are in no param group and stay as they are: {forgotten[:3]}")
+
+    # ---- the step ----
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        raise RuntimeError("call engine.step(): it knows the accumulation window this step belongs to")
+
+    @torch.no_grad()
+    def step_window(self, window: Window) -> StepResult:
+        """One optimizer step over everything that `window` accumulated; collective.
+
+        Raises FloatingPointError on every rank when the loss is not finite (outside fp16), or when gradients were not
+        finite several steps in a row; parameters and optimizer state are then untouched.
+        """
+        self.runtime.finish_gradients()
+        squares, tokens, losses = self._exchange(window)
+        divisor = tokens if window.tokens is not None else float(self.runtime.comm.size)
+        factor = self.runtime.policy.predivide / self.scaler.scale / max(divisor, 1.0)
+        norm = math.sqrt(sum(squares)) * factor if all(map(math.isfinite, squares)) else math.nan
+        count = tokens if window.tokens is not None else self.runtime.comm.size * max(window.micro_batches, 1)
+        result = StepResult(math.isfinite(norm), norm, sum(losses) / max(count, 1.0), int(tokens))
+        self._check_finite(result, squares, losses)
+        self.scaler.update(overflow=not result.applied)
+        if result.applied:
+            clipped = self.clip / (norm + 1e-6) if self.clip > 0 else 1.0
+            self._update(factor * min(1.0, clipped))
+            self.runtime.refresh()
+        self.runtime.drop_gradients()
+        for piece, _, _ in self.slices:
+            piece.grad = None
+        return result
+
+    def _exchange(self, window: Window) -> tuple[list[float], float, list[float]]:
+        """(sum of squares per flat group, tokens over all ranks, loss sum of each rank)."""
+        device = self.runtime.device
+        groups = [group for group in self.runtime.groups if group.trainable]
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        tokens = window.tokens.double() if window.tokens is not None else zero
+        loss = window.loss if window.loss is not None else zero
+        own = [squared_norm(group.grad_shard()) for group in groups] + [tokens.to(device), loss.to(device)]
+        rows = self.runtime.comm.gather_rows(torch.stack(own), "norm, tokens and loss").cpu()
+        squares = [math.fsum(column) for column in rows[:, :-2].T.tolist()]
+        return squares, math.fsum(rows[:, -2].tolist()), rows[:, -1].tolist()
+
+    def _check_finite(self, result: StepResult, squares: list[float], losses: list[float]) -> None:
+        self.overflow = not result.applied
+        self.skips_in_a_row = 0 if result.applied else self.skips_in_a_row + 1
+        bad_ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        if bad_ranks and self.scaler.scale == 1.0 and not self.scaler.dynamic:
+            self.runtime.drop_gradients()
+            raise FloatingPointError(
+                f"the loss is {losses[bad_ranks[0]]} on data-parallel rank {bad_ranks}; nothing was updated. "
+                "Look at that rank's batch, or lower the learning rate."
+            )
+        if self.skips_in_a_row >= MAX_SKIPS and self.scaler.exhausted:
+            bad = next((self._unit_of(i) for i, s in enumerate(squares) if not math.isfinite(s)), "none")
+            self.runtime.drop_gradients()
+            raise FloatingPointError(
+                f"gradients were not finite {self.skips_in_a_row} steps in a row; first such unit: {bad}. "
+                "Nothing was updated in those steps." + (" bf16 needs no loss scale." if self.scaler.dynamic else "")
+            )
+
+    def _unit_of(self, index: int) -> str:
+        trainable = [unit.name for unit in self.runtime.units for group in unit.groups if group.trainable]
+        return trainable[index]
+
+    def _update(self, factor: float) -> None:
+        """Scale this rank's gradients and let the inner optimizer update its slices."""
+        views = {id(group): group.grad_views() for group in self.runtime.groups if group.grad is not None}
+        for group in self.runtime.groups:
+            if group.grad is not None and factor != 1.0:
+                group.grad.mul_(factor)
+        for piece, group, place in self.slices:
+            gradient = views[id(group)][place]
+            piece.grad = gradient.to(device=piece.device, dtype=piece.dtype)
+        self.inner.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop every gradient of the running window."""
+        self.runtime.drop_gradients()
+
+
+def squared_norm(values: Tensor) -> Tensor:
+    """Sum of squares as a float64 scalar."""
+    rows = values.numel() // NORM_ROW
+    head, tail = values[: rows * NORM_ROW].view(rows, NORM_ROW), values[rows * NORM_ROW :]
+    whole = torch.linalg.vector_norm(head, dim=1).double().square().sum()
+    return whole + torch.linalg.vector_norm(tail).double().square()
+
+
+def refuse_unfit(inner: torch.optim.Optimizer, allow_untested: bool) -> None:
+    name = type(inner).__name__
+    if inner.state:
+        raise ValueError(f"{name} has optimizer state already; give minizero an optimizer before its first step")
+    if type(inner) in ELEMENT_WISE.values():
+        return
+    if not allow_untested:
+        raise ValueError(
+            f"{name} is not known to be element-wise, and ZeRO hands it 1-D slices; legal: {', '.join(ELEMENT_WISE)}. "
+            "If each element's update depends on no other element, set zero.allow_untested_optimizer."
+        )
+    warn_once(f"{name} gets 1-D slices of parameters: its update of an element must depend on no other element")

@@ -1,0 +1,143 @@
+"""When gradients are reduced: in one order that no rank's data can change.
+
+The order is the reverse of the forward pass, root last. A unit is launched when all its gradients have arrived *and*
+every unit before it in that order has been launched; what is left when backward ends is launched then, missing gradients
+as zeros. So two ranks that took different branches still call the same reductions in the same order.
+
+Usually every parameter gets a gradient. Once one did not, the graph behind the loss is walked before each backward to
+learn which ones will, so that a unit with an unused branch is not kept waiting, whole, until the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from minizero.zero.policy import Policy
+from minizero.zero.unit import Unit
+
+IN_FLIGHT = 1  # reductions running behind backward: with the unit now in backward, two are whole at once
+
+
+class GradientReducer:
+    """Drives `Unit.reduce` during backward passes.
+
+    Args:
+        units: root first.
+        policy: overlap, and where micro-batches accumulate.
+        on_unit_done: called when a unit has its last gradient of this pass.
+    """
+
+    def __init__(self, units: list[Unit], policy: Policy, on_unit_done: Callable[[Unit], None]) -> None:
+        self.policy = policy
+        self.order = [*reversed(units[1:]), units[0]]
+        self.on_unit_done = on_unit_done
+        self.active = False
+        self._reduces = False
+        self._irregular = False
+        self._next = 0
+        self._in_flight: list[Unit] = []
+        for unit in units:
+            for parameter in unit.trainable:
+                parameter.register_post_accumulate_grad_hook(self._hook(unit))
+
+    def set_forward_order(self, units: list[Unit]) -> None:
+        """Take the agreed order of the forward pass (root left out)."""
+        root = self.order[-1]
+        self.order = [*reversed(units), root]
+
+    def begin(self, loss: Tensor, *, boundary: bool, sync: bool) -> None:
+        """A backward pass from `loss` begins; `boundary`: the last before the step; `sync`: not inside `no_sync`."""
+        self.active = True
+        self._reduces = sync and (boundary or not self.policy.local_accumulation)
+        self._next = 0
+        used = parameters_behind(loss) if self._irregular else None
+        for unit in self.order:
+            unit.reduced = False
+            unit.pending = {p for p in unit.trainable if used is None or p in used}
+
+    def end(self) -> None:
+        """The backward pass is over: launch what is left, and wait for everything."""
+        self._irregular |= any(unit.pending for unit in self.order)
+        for unit in self.order:
+            unit.pending = set()
+        if self._reduces:
+            while self._next < len(self.order):
+                self._launch_next()
+            self._drain(0)
+        self.active = False
+
+    def flush(self) -> None:
+        """Before a step: reduce whatever is still held whole (a boundary that fell inside `no_sync`)."""
+        if any(unit.has_local_gradients for unit in self.order):
+            self._next = 0
+            while self._next < len(self.order):
+                self._launch_next()
+            self._drain(0)
+
+    def abort(self) -> None:
+        """A backward pass broke off: forget it. Messages on the way are not waited for."""
+        self.active = False
+        self._in_flight = []
+        for unit in self.order:
+            unit.pending = set()
+
+    def _hook(self, unit: Unit) -> Callable[[Tensor], None]:
+        def gradient_arrived(parameter: Tensor) -> None:
+            assert isinstance(parameter, nn.Parameter)
+            if unit.reduced and self.active:
+                raise RuntimeError(
+                    f"unit {unit.name} got a gradient after it was reduced: a re-entrant checkpoint runs backward in "
+                    "parts. Use torch.utils.checkpoint with use_reentrant=False."
+                )
+            with torch.no_grad():
+                if not self._reduces or self.policy.local_accumulation:
+                    self._accumulate_locally(unit, parameter)
+            unit.pending.discard(parameter)
+            if self.active and not unit.pending:
+                self.on_unit_done(unit)
+                self._advance()
+
+        return gradient_arrived
+
+    def _accumulate_locally(self, unit: Unit, parameter: nn.Parameter) -> None:
+        # A single micro-batch is reduced as it is; the wide copy begins with the first one that has to wait.
+        if not self._reduces or unit.has_wide_sum(parameter):
+            unit.keep_local(parameter)
+
+    def _advance(self) -> None:
+        """Launch, in order, every unit whose gradients are all here. The root waits for the end."""
+        at_once = self.policy.overlap or not self.policy.local_accumulation
+        while self._reduces and at_once and self._next < len(self.order) - 1 and not self.order[self._next].pending:
+            self._launch_next()
+            self._drain(IN_FLIGHT if self.policy.overlap else 0)
+
+    def _launch_next(self) -> None:
+        unit = self.order[self._next]
+        self._next += 1
+        unit.reduce()
+        self._in_flight.append(unit)
+        self._drain(IN_FLIGHT)
+
+    def _drain(self, leave: int) -> None:
+        while len(self._in_flight) > leave:
+            self._in_flight.pop(0).finish_reduce()
+
+
+def parameters_behind(loss: Tensor) -> set[Tensor]:
+    """The leaves that a backward pass from `loss` will reach."""
+    leaves: set[Tensor] = set()
+    stack = [loss.grad_fn]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node is None:
+            continue
+        if hasattr(node, "variable"):
+            leaves.add(node.variable)
+        fresh = {parent for parent, _ in node.next_functions} - seen
+        seen |= fresh
+        stack.extend(fresh)
+    return leaves

@@ -1,0 +1,203 @@
+"""ZeRO around one model: its units, and what drives them in forward and backward.
+
+All stages run this same code (Rajbhandari et al., "ZeRO", arXiv 1910.02054). What differs is decided once, in `Policy`:
+
+    stage 0   gradients are reduce-scattered and gathered again; every rank updates everything
+    stage 1   gradients stay whole until the boundary; each rank updates its shard; parameters are gathered
+    stage 2   gradients are reduced into shards as each unit finishes backward
+    stage 3   parameters too are kept as shards, and gathered per unit around each use
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from minizero.dist.collectives import Communicator
+from minizero.dist.sharding import ShardSpec, whole_box
+from minizero.zero.flat import FlatGroup, total_bytes
+from minizero.zero.gather import ParameterGatherer
+from minizero.zero.materialize import initial_values, move_off_meta
+from minizero.zero.policy import Policy
+from minizero.zero.reduce import GradientReducer
+from minizero.zero.unit import Unit
+from minizero.zero.units import find_units
+
+# Finds the runtime of a model for `unsharded(model)` and `GatheredParameters(params)`, which DeepSpeed's users call
+# without an engine at hand. Entries die with their key.
+RUNTIMES: WeakKeyDictionary[nn.Module, ZeroRuntime] = WeakKeyDictionary()
+
+
+class ZeroRuntime:
+    """Shards `model` over `comm` in place.
+
+    Args:
+        model: any module; parameters on meta are initialized here, others are taken from the axis' rank 0.
+        comm: the data-parallel axis.
+        policy: stage, dtypes, overlap.
+        seed: of the initialization of meta parameters.
+
+    Raises ValueError when the model has no trainable parameter, or one that cannot be initialized.
+    """
+
+    def __init__(self, model: nn.Module, comm: Communicator, policy: Policy, device: torch.device, seed: int = 0) -> None:
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(f"{type(model).__name__} has no trainable parameter")
+        self.model = model
+        self.comm = comm
+        self.policy = policy
+        self.device = device
+        uninitialized = move_off_meta(model, device)
+        self.units = [Unit(spec, comm, device, policy) for spec in find_units(model)]
+        self._load(uninitialized, seed)
+        self.gatherer: ParameterGatherer | None = None
+        self.reducer = GradientReducer(self.units, policy, self._unit_done)
+        if policy.shards_parameters and comm.size > 1:
+            self.gatherer = ParameterGatherer(
+                self.units,
+                comm,
+                prefetch=policy.prefetch,
+                watch_reads=policy.watch_reads,
+                on_order=self.reducer.set_forward_order,
+            )
+        self._guard_state_dict()
+        RUNTIMES[model] = self
+
+    @property
+    def groups(self) -> list[FlatGroup]:
+        return [group for unit in self.units for group in unit.groups]
+
+    def locate(self) -> dict[nn.Parameter, tuple[Unit, FlatGroup, int]]:
+        """Parameter -> (unit, group, index in the group)."""
+        return {
+            parameter: (unit, group, index)
+            for unit in self.units
+            for group in unit.groups
+            for index, parameter in enumerate(group.parameters)
+        }
+
+    def _load(self, uninitialized: set[nn.Parameter], seed: int) -> None:
+        places = self.locate()
+        for parameter, value in initial_values(self.model, uninitialized, self.device, seed):
+            _, group, index = places[parameter]
+            group.load(index, value)
+        for parameter, (unit, group, index) in places.items():
+            if parameter not in uninitialized:
+                value = parameter.detach().contiguous()
+                self.comm.broadcast(value, 0, unit.name)
+                group.load(index, value)
+                parameter.data = group.nan.expand(parameter.shape)
+        for unit in self.units:
+            unit.finish_loading()
+
+    # ---- backward ----
+
+    def begin_backward(self, loss: Tensor, *, boundary: bool, sync: bool) -> None:
+        self.reducer.begin(loss, boundary=boundary, sync=sync)
+        if self.gatherer is not None:
+            self.gatherer.begin_backward()
+
+    def end_backward(self) -> None:
+        if self.gatherer is not None:
+            self.gatherer.end_backward()
+        self.reducer.end()
+
+    def abort(self) -> None:
+        """A forward or backward broke off: back to rest, gradients of the window dropped."""
+        self.reducer.abort()
+        if self.gatherer is not None:
+            self.gatherer.unwind()
+        self.drop_gradients()
+
+    def _unit_done(self, unit: Unit) -> None:
+        if self.gatherer is not None:
+            self.gatherer.release_if_done(unit)
+
+    # ---- step ----
+
+    def finish_gradients(self) -> None:
+        """Reduced gradients of everything, wherever the last backward left them."""
+        self.reducer.flush()
+        if not self.policy.shards_optimizer:
+            for unit in self.units:
+                unit.spread_gradients()
+            for unit in self.units:
+                unit.finish_refresh()
+
+    def refresh(self) -> None:
+        """After the optimizer: parameters follow their masters."""
+        if self.gatherer is not None:
+            self.gatherer.unwind()
+        for unit in self.units:
+            unit.refresh()
+        for unit in self.units:
+            unit.finish_refresh()
+
+    def drop_gradients(self) -> None:
+        for unit in self.units:
+            unit.drop_gradients()
+
+    # ---- whole parameters ----
+
+    def unsharded(self) -> AbstractContextManager[None]:
+        """Whole parameters inside, on every rank; collective."""
+        return self.gatherer.everything_whole() if self.gatherer is not None else nullcontext()
+
+    @contextmanager
+    def modified(self, source: int | None) -> Iterator[None]:
+        """Whole parameters inside; afterwards the values that dp rank `source` left there replace the old ones."""
+        with self.unsharded():
+            yield
+            if source is not None:
+                for parameter, (unit, group, index) in self.locate().items():
+                    value = parameter.detach().contiguous()
+                    self.comm.broadcast(value, source, unit.name)
+                    parameter.detach().copy_(value)
+                    group.load(index, value)
+
+    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole value in compute dtype), one unit in memory at a time; collective. Copy what you keep."""
+        for unit in self.units:
+            was_sharded = unit.frees_whole and (self.gatherer is None or not self.gatherer.suspended)
+            unit.make_whole()
+            for group in unit.groups:
+                yield from zip(group.names, (p.detach() for p in group.parameters), strict=True)
+            if was_sharded:
+                unit.release()
+
+    def _guard_state_dict(self) -> None:
+        def refuse(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+            if self.gatherer is not None and any(unit.state.name != "WHOLE" for unit in self.units):
+                raise RuntimeError(
+                    "state_dict() of a model whose parameters are sharded (ZeRO stage 3) would save NaN. Use "
+                    "engine.save_checkpoint(dir), engine.save_16bit_model(dir), or `with minizero.unsharded(model):`"
+                )
+
+        for module in self.model.modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                module.register_state_dict_pre_hook(refuse)
+
+    # ---- what is held where ----
+
+    def specs(self) -> list[tuple[ShardSpec, FlatGroup, int]]:
+        """For every span this rank updates: its logical coordinates, its group, and its place in `owned_spans`."""
+        found = []
+        for group in self.groups:
+            for place, (_, span) in enumerate(group.owned_spans()):
+                shape = tuple(group.parameters[span.index].shape)
+                spec = ShardSpec(group.names[span.index], shape, whole_box(shape), (span.start, span.stop), ("dp",))
+                found.append((spec, group, place))
+        return found
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes held now: parameters (shards, whole buffers, wide masters) and gradients (reduced, and whole)."""
+        groups = self.groups
+        parameters = total_bytes([t for group in groups for t in (group.flat, group.shard)])
+        masters = total_bytes([t for group in groups for t in (group.flat, group.shard, group.master)]) - parameters
+        gradients = [group.grad for group in groups] + [p.grad for p in self.model.parameters()]
+        local = [tensor for unit in self.units for tensor in unit.local_gradients]
+        return {"parameters": parameters, "masters": masters, "gradients": total_bytes([*gradients, *local])}
