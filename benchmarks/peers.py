@@ -1,0 +1,125 @@
+"""The same GPT, the same batches, trained by each system as its own documentation says.
+
+Every `build_*` returns one training step: forward, backward, gradient clipping at 1.0, AdamW, whatever it communicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from benchmarks.interleave import mark_imported
+from benchmarks.workload import batches, build_model, loss_of
+
+LR = 1e-4
+CLIP = 1.0
+
+
+def start(rank: int, world: int) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+
+
+def finish(step: Callable[[Tensor, Tensor], None], rank: int) -> Callable[[], None]:
+    stream = batches(rank)
+    return lambda: step(*next(stream))
+
+
+def build_compute(rank: int, world: int) -> Callable[[], None]:
+    """No communication: forward, backward, clip, and AdamW over half the parameters. The floor of stages 1 to 3."""
+    start(rank, world)
+    mark_imported()
+    model = build_model()
+    parameters = list(model.parameters())
+    half = torch.optim.AdamW(parameters[: len(parameters) // 2], lr=LR, fused=True)
+
+    def step(inputs: Tensor, labels: Tensor) -> None:
+        loss_of(model, inputs, labels).backward()
+        half.step()
+        model.zero_grad()
+
+    return finish(step, rank)
+
+
+def build_ddp(rank: int, world: int) -> Callable[[], None]:
+    from torch.nn.parallel import DistributedDataParallel  # noqa: PLC0415
+
+    start(rank, world)
+    mark_imported()
+    model = DistributedDataParallel(build_model())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+    return finish(partial(torch_step, model, optimizer), rank)
+
+
+def build_fsdp2(rank: int, world: int, *, reshard: bool) -> Callable[[], None]:
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
+
+    start(rank, world)
+    mark_imported()
+    mesh = init_device_mesh("cpu", (world,))
+    model = build_model()
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+    return finish(partial(torch_step, model, optimizer), rank)
+
+
+def torch_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor) -> None:
+    loss_of(model, inputs, labels).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def build_deepspeed(rank: int, world: int, *, stage: int) -> Callable[[], None]:
+    import deepspeed  # noqa: PLC0415
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    deepspeed.init_distributed("gloo", verbose=False)
+    mark_imported()
+    return finish(partial(engine_step, initialized(deepspeed, stage)), rank)
+
+
+def build_minizero(rank: int, world: int, *, stage: int, **zero: Any) -> Callable[[], None]:
+    import minizero  # noqa: PLC0415
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    minizero.init_distributed("gloo")
+    mark_imported()
+    return finish(partial(engine_step, initialized(minizero, stage)), rank)
+
+
+def initialized(library: Any, stage: int) -> Any:
+    """The same DeepSpeed JSON for both engines."""
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": LR, "weight_decay": 0.01}},
+        "zero_optimization": {"stage": stage},
+        "gradient_clipping": CLIP,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1000000,
+    }
+    model = build_model()
+    optimizer = None
+    if library.__name__ == "deepspeed":  # its fused CPU Adam needs a compiler at run time; torch's does the same update
+        config.pop("optimizer")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, fused=True)
+    engine, *_ = library.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+def engine_step(engine: Any, inputs: Tensor, labels: Tensor) -> None:
+    engine.backward(loss_of(engine, inputs, labels))
+    engine.step()
