@@ -1,0 +1,130 @@
+"""The GPT-2 decoder (Radford et al. 2019): LayerNorm, learned positions, GELU.
+
+Names and layouts of the parameters are those of HuggingFace's `GPT2LMHeadModel`, so weights move either way unchanged;
+hence `Conv1D`, which keeps its weight as (in, out), and one `c_attn` for queries, keys and values.
+
+Shape suffixes: B batch, S sequence, H hidden, N heads, D head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minizero.config.schema import ModelConfig
+from minizero.models.layers import (
+    INIT_STD,
+    Embedding,
+    Linear,
+    causal_attention,
+    residual_std,
+    split_heads,
+    summed_cross_entropy,
+)
+
+
+class GPT2(nn.Module):
+    """The decoder with its language-model head: see `minizero.models.build` for what goes in and out.
+
+    Learned positions end at `max_sequence_length`; a longer input raises ValueError.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, max_sequence_length: int) -> None:
+        super().__init__()
+        if config.num_kv_heads not in (None, config.num_heads):
+            raise ValueError(f"model.num_kv_heads = {config.num_kv_heads}: a gpt2 has as many as num_heads")
+        self.transformer = Transformer(config, vocab_size, max_sequence_length)
+        self.lm_head = Linear(config.hidden_size, vocab_size)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    def forward(self, input_ids_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        logits_BSV = self.lm_head(self.transformer(input_ids_BS))
+        return logits_BSV if labels_BS is None else summed_cross_entropy(logits_BSV, labels_BS)
+
+
+class Transformer(nn.Module):
+    """Embeddings, blocks and final norm: tokens to hidden states."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, max_sequence_length: int) -> None:
+        super().__init__()
+        self.wte = Embedding(vocab_size, config.hidden_size)
+        self.wpe = Embedding(max_sequence_length, config.hidden_size)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(self, input_ids_BS: Tensor) -> Tensor:
+        length, longest = input_ids_BS.shape[1], self.wpe.num_embeddings
+        if length > longest:
+            raise ValueError(f"the input has {length} tokens, but this gpt2 has positions for {longest}")
+        positions_S = torch.arange(length, device=input_ids_BS.device)
+        x_BSH = self.drop(self.wte(input_ids_BS) + self.wpe(positions_S))
+        for block in self.h:
+            x_BSH = block(x_BSH)
+        return self.ln_f(x_BSH)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normed first and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        x_BSH = x_BSH + self.attn(self.ln_1(x_BSH))
+        return x_BSH + self.mlp(self.ln_2(x_BSH))
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.head_dim, self.dropout = hidden // config.num_heads, config.dropout
+        self.c_attn = Conv1D(hidden, 3 * hidden)
+        self.c_proj = Conv1D(hidden, hidden, std=residual_std(config.num_layers))
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        q_BNSD, k_BNSD, v_BNSD = (split_heads(part, self.head_dim) for part in self.c_attn(x_BSH).chunk(3, dim=-1))
+        attended_BSH = causal_attention(q_BNSD, k_BNSD, v_BNSD, self.dropout if self.training else 0.0)
+        return self.resid_dropout(self.c_proj(attended_BSH))
+
+
+class MLP(nn.Module):
+    """down(gelu(up(x))), with the tanh approximation of GELU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.intermediate_size or 4 * config.hidden_size
+        self.c_fc = Conv1D(config.hidden_size, width)
+        self.c_proj = Conv1D(width, config.hidden_size, std=residual_std(config.num_layers))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x_BSH), approximate="tanh")))
+
+
+class Conv1D(nn.Module):
+    """A linear layer with its weight stored as (in, out), the transpose of `nn.Linear`'s."""
+
+    def __init__(self, in_features: int, out_features: int, std: float = INIT_STD) -> None:
+        super().__init__()
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        return F.linear(x_BSH, self.weight.t(), self.bias)

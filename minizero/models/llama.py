@@ -1,0 +1,144 @@
+"""The Llama decoder (Touvron et al., arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, grouped-query attention.
+
+Names and layouts of the parameters are those of HuggingFace's `LlamaForCausalLM`, so weights move either way unchanged.
+
+Shape suffixes: B batch, S sequence, H hidden, N query heads, M key/value heads, D head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minizero.config.schema import ModelConfig
+from minizero.models.layers import (
+    Embedding,
+    Linear,
+    RMSNorm,
+    causal_attention,
+    residual_std,
+    split_heads,
+    summed_cross_entropy,
+)
+
+Rope = tuple[Tensor, Tensor]
+"""cos_SD and sin_SD of the rotary angles."""
+
+
+class Llama(nn.Module):
+    """The decoder with its language-model head: see `minizero.models.build` for what goes in and out.
+
+    Rotary positions set no limit of their own, so `max_sequence_length` is only what the model is meant for.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, max_sequence_length: int) -> None:
+        super().__init__()
+        if config.dropout:
+            raise ValueError(f"model.dropout = {config.dropout} has no effect on a llama; legal: 0")
+        if (head_dim := config.hidden_size // config.num_heads) % 2:
+            raise ValueError(
+                f"model.hidden_size / model.num_heads = {head_dim} is odd, but rotary positions turn pairs: "
+                "choose sizes that give an even head width"
+            )
+        self.max_sequence_length = max_sequence_length
+        self.model = Decoder(config, vocab_size)
+        self.lm_head = Linear(config.hidden_size, vocab_size)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        logits_BSV = self.lm_head(self.model(input_ids_BS))
+        return logits_BSV if labels_BS is None else summed_cross_entropy(logits_BSV, labels_BS)
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: tokens to hidden states."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.head_dim = config.hidden_size // config.num_heads
+        self.rope_theta = config.rope_theta
+        self.embed_tokens = Embedding(vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, input_ids_BS: Tensor) -> Tensor:
+        x_BSH = self.embed_tokens(input_ids_BS)
+        rope = rope_table(input_ids_BS.shape[1], self.head_dim, self.rope_theta, x_BSH)
+        for layer in self.layers:
+            x_BSH = layer(x_BSH, rope)
+        return self.norm(x_BSH)
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each normed first and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BSH: Tensor, rope: Rope) -> Tensor:
+        x_BSH = x_BSH + self.self_attn(self.input_layernorm(x_BSH), rope)
+        return x_BSH + self.mlp(self.post_attention_layernorm(x_BSH))
+
+
+class Attention(nn.Module):
+    """Causal self-attention; `num_kv_heads` key/value heads serve `num_heads` query heads."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.head_dim = hidden // config.num_heads
+        kv_size = self.head_dim * (config.num_kv_heads or config.num_heads)
+        self.q_proj = Linear(hidden, hidden)
+        self.k_proj = Linear(hidden, kv_size)
+        self.v_proj = Linear(hidden, kv_size)
+        self.o_proj = Linear(hidden, hidden, std=residual_std(config.num_layers))
+
+    def forward(self, x_BSH: Tensor, rope: Rope) -> Tensor:
+        q_BNSD = apply_rope(split_heads(self.q_proj(x_BSH), self.head_dim), rope)
+        k_BMSD = apply_rope(split_heads(self.k_proj(x_BSH), self.head_dim), rope)
+        v_BMSD = split_heads(self.v_proj(x_BSH), self.head_dim)
+        return self.o_proj(causal_attention(q_BNSD, k_BMSD, v_BMSD))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)) (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.intermediate_size or default_mlp_width(config.hidden_size)
+        self.gate_proj = Linear(config.hidden_size, width)
+        self.up_proj = Linear(config.hidden_size, width)
+        self.down_proj = Linear(width, config.hidden_size, std=residual_std(config.num_layers))
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BSH)) * self.up_proj(x_BSH))
+
+
+def default_mlp_width(hidden_size: int) -> int:
+    """8/3 of the hidden size, rounded up to 32: three matrices then cost what a classic MLP's two of width 4H do."""
+    return -(-8 * hidden_size // (3 * 32)) * 32
+
+
+def rope_table(length: int, head_dim: int, theta: float, like: Tensor) -> Rope:
+    """cos_SD and sin_SD of angle s / theta^(2d / D), each half of D alike; on the device and in the dtype of `like`.
+
+    The angles are in fp32 whatever the dtype (bf16 cannot hold positions beyond 256). They are computed afresh in each
+    forward: it is cheap, and a buffer would have to survive the meta device, dtype casts and inference mode.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=like.device) / head_dim
+    angle = torch.outer(torch.arange(length, dtype=torch.float32, device=like.device), 1.0 / theta**exponent)
+    angle_SD = torch.cat((angle, angle), dim=-1)
+    return angle_SD.cos().to(like.dtype), angle_SD.sin().to(like.dtype)
+
+
+def apply_rope(x_BNSD: Tensor, rope: Rope) -> Tensor:
+    """Turn each pair (x[d], x[d + D/2]) by its position's angle (RoFormer, arXiv 2104.09864, rotate-half layout)."""
+    cos_SD, sin_SD = rope
+    first, second = x_BNSD.chunk(2, dim=-1)
+    return x_BNSD * cos_SD + torch.cat((-second, first), dim=-1) * sin_SD
