@@ -75,7 +75,7 @@ def save_state(state: TrainingState, folder: Path, tag: str, client_state: dict[
         tensors, entries = own_tensors(state)
         save_file(tensors, path, metadata={"format": "pt"})
         sync_file(path)
-        return {**facts_of(path), "entries": entries}
+        return {**facts_of(path), "entries": entries, "optimizer_scalars": optimizer_scalars(state)}
 
     files = everyone(comm, device, write_own_file)
 
@@ -101,7 +101,6 @@ def json_header(state: TrainingState, client_state: dict[str, Any]) -> dict[str,
         "scaler": state.optimizer.scaler.state_dict(),
         "scheduler": scheduler,
         "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups],
-        "optimizer_scalars": optimizer_scalars(state),
         "client_state": client_state,
     }
     for key, value in header.items():
@@ -230,9 +229,10 @@ class SliceReader:
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
-        self.scalars: dict[str, dict[str, float]] = manifest["optimizer_scalars"]
+        self.scalars: dict[str, dict[str, float]] = {}
         self.entries: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
         for file in manifest["files"]:
+            self.scalars.update(file["optimizer_scalars"])
             for entry in file["entries"]:
                 places = self.entries.setdefault((entry["kind"], entry["name"]), [])
                 places.append((entry["start"], entry["stop"], file["file"]))

@@ -89,6 +89,11 @@ class Communicator:
         self._ranks = dist.get_process_group_ranks(self.group)
         self._point_to_point = dist.get_backend(self.group) == "gloo"
         self._sequence = 0
+        self._calls = {"all_gather": 0, "reduce_scatter": 0}
+        # Gathers and reductions are each called in one order on all ranks, but not in one order together.
+        self._reduce_group = self.group
+        if not self._point_to_point and self.size > 1:
+            self._reduce_group = dist.new_group(self._ranks, use_local_synchronization=True)
 
     # ---- whole buffers and shards ----
 
@@ -104,10 +109,9 @@ class Communicator:
             work.requests = [dist.all_gather_into_tensor(flat, shards[self.rank], group=self.group, async_op=True)]
             return work
         host = [shard if not shard.is_cuda else shard.cpu() for shard in shards]
-        for peer in self._peers():
-            work.requests.append(self._receive(host[peer], peer))
-        for peer in self._peers():
-            work.requests.append(self._send(host[self.rank], peer))
+        tag = self._tag("all_gather")
+        work.requests = [self._receive(host[peer], peer, tag) for peer in self._peers()]
+        work.requests += [self._send(host[self.rank], peer, tag) for peer in self._peers()]
         if flat.is_cuda:
             work.finish = lambda: [shard.copy_(on_host) for shard, on_host in zip(shards, host, strict=True)] and None
         return work
@@ -139,12 +143,13 @@ class Communicator:
             sources = [source.cpu() if source.is_cuda else source for source in sources]
         mine = layout.spans[self.rank]
         inbox = {peer: sources[0].new_empty(layout.shard_size) for peer in self._peers()}
+        tag = self._tag("reduce_scatter")
         for peer in self._peers():
             for span in mine:
-                work.requests.append(self._receive(inbox[peer][span.offset : span.offset + span.numel], peer))
+                work.requests.append(self._receive(inbox[peer][span.offset : span.offset + span.numel], peer, tag))
         for peer in self._peers():
             for span in layout.spans[peer]:
-                work.requests.append(self._send(sources[span.index][span.start : span.stop], peer))
+                work.requests.append(self._send(sources[span.index][span.start : span.stop], peer, tag))
 
         def sum_in_rank_order() -> None:
             for span in mine:
@@ -173,7 +178,7 @@ class Communicator:
         for offset, piece in zip(layout.offsets, pieces, strict=True):
             flat[offset : offset + piece.numel()].copy_(piece.reshape(-1))
         shard = torch.empty(layout.shard_size, dtype=wire_dtype, device=out.device)
-        work.requests = [dist.reduce_scatter_tensor(shard, flat, group=self.group, async_op=True)]
+        work.requests = [dist.reduce_scatter_tensor(shard, flat, group=self._reduce_group, async_op=True)]
         work.finish = lambda: add_up([shard], out, accumulate)
         return work
 
@@ -219,19 +224,21 @@ class Communicator:
         """The other ranks, nearest following one first, so that not all send to the same one at once."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
-    def _send(self, tensor: Tensor, peer: int) -> dist.Work:
-        request = dist.isend(tensor, self._ranks[peer], group=self.group, tag=self._tag())
+    def _send(self, tensor: Tensor, peer: int, tag: int) -> dist.Work:
+        request = dist.isend(tensor, self._ranks[peer], group=self.group, tag=tag)
         assert request is not None
         return request
 
-    def _receive(self, tensor: Tensor, peer: int) -> dist.Work:
-        request = dist.irecv(tensor, self._ranks[peer], group=self.group, tag=self._tag())
+    def _receive(self, tensor: Tensor, peer: int, tag: int) -> dist.Work:
+        request = dist.irecv(tensor, self._ranks[peer], group=self.group, tag=tag)
         assert request is not None
         return request
 
-    def _tag(self) -> int:
-        # Messages of one operation share a tag and keep their order; gloo's own tags begin at 2**24.
-        return self._sequence % (1 << 20)
+    def _tag(self, operation: str) -> int:
+        """The tag of the messages of the next `operation`; among themselves they keep their order."""
+        self._calls[operation] += 1
+        kind = list(self._calls).index(operation)
+        return kind << 20 | self._calls[operation] % (1 << 20)  # gloo's own tags begin at 2**24
 
     def _begin(self, operation: str, unit: str, tensor: Tensor, numel: int, dtype: torch.dtype, wire: int) -> Work:
         """Enter one operation over `numel` elements of `dtype` into the ledger; in debug mode compare it first."""

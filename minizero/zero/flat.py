@@ -146,6 +146,7 @@ class FlatGroup:
 
     def point_at_nothing(self) -> None:
         """Free the whole buffer; parameters keep their shape but read as NaN."""
+        self.nan.fill_(float("nan"))  # zero_() and fill_() of an expanded tensor do not raise, they write the scalar
         for parameter in self.parameters:
             parameter.data = self.nan.expand(parameter.shape)
         self._empty_storage()

@@ -234,6 +234,11 @@ class ParameterGatherer:
             if not skipped.held and not skipped.in_backward:
                 skipped.release()
 
+    def join_gathers_up_to(self, unit: Unit) -> None:
+        """Before `unit` is reduced: take part in its gather, also if this rank did not use it."""
+        if self.backward_active and not self._suspended and unit in self._position:
+            self._advance(self._place(unit) + 1)
+
     def _entry(self, index: int) -> Unit:
         return self.plan[-1 - index] if self.backward_active else self.plan[index]
 

@@ -112,11 +112,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
             if any(p not in of_parameter for p in param_group["params"]):
                 raise ValueError("the optimizer holds a parameter that is not part of the model (was it built on meta?)")
             covered |= set(param_group["params"])
+            self._move_initial_state(param_group, of_parameter)
             param_group["params"] = [piece for p in param_group["params"] for piece in of_parameter[p]]
         forgotten = [n for g in self.runtime.groups if g.trainable for n, p in zip(g.names, g.parameters, strict=True)
                      if p not in covered]
         if forgotten:
             warn_once(f"{len(forgotten)} trainable parameters are in no param group and stay as they are: {forgotten[:3]}")
+
+    def _move_initial_state(self, param_group: dict[str, Any], of_parameter: dict[nn.Parameter, list[nn.Parameter]]) -> None:
+        """Adagrad makes its state when it is built; give each slice its own."""
+        for parameter in param_group["params"]:
+            if self.inner.state.pop(parameter, None) is not None:
+                for piece in of_parameter[parameter]:
+                    start = torch.full_like(piece, param_group["initial_accumulator_value"])
+                    self.inner.state[piece] = {"step": torch.tensor(0.0), "sum": start}
 
     # ---- the step ----
 
@@ -208,7 +217,7 @@ def squared_norm(values: Tensor) -> Tensor:
 
 def refuse_unfit(inner: torch.optim.Optimizer, allow_untested: bool) -> None:
     name = type(inner).__name__
-    if inner.state:
+    if any(not isinstance(inner, torch.optim.Adagrad) or state["step"] > 0 for state in inner.state.values()):
         raise ValueError(f"{name} has optimizer state already; give minizero an optimizer before its first step")
     if type(inner) in ELEMENT_WISE.values():
         return

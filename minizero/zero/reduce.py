@@ -4,8 +4,9 @@ The order is the reverse of the forward pass, root last. A unit is launched when
 every unit before it in that order has been launched; what is left when backward ends is launched then, missing gradients
 as zeros. So two ranks that took different branches still call the same reductions in the same order.
 
-Usually every parameter gets a gradient. Once one did not, the graph behind the loss is walked before each backward to
-learn which ones will, so that a unit with an unused branch is not kept waiting, whole, until the end.
+Which gradients a pass will bring is read from the graph behind the loss before it starts, so a unit is complete the moment
+its last one arrives, and a unit that this rank skipped is complete at once. At stage 3 this also rules out deadlock: a
+unit is gathered before it is reduced, on every rank, whichever of them used it.
 """
 
 from __future__ import annotations
@@ -28,15 +29,22 @@ class GradientReducer:
         units: root first.
         policy: overlap, and where micro-batches accumulate.
         on_unit_done: called when a unit has its last gradient of this pass.
+        before_reduce: called before a unit is reduced.
     """
 
-    def __init__(self, units: list[Unit], policy: Policy, on_unit_done: Callable[[Unit], None]) -> None:
+    def __init__(
+        self,
+        units: list[Unit],
+        policy: Policy,
+        on_unit_done: Callable[[Unit], None],
+        before_reduce: Callable[[Unit], None],
+    ) -> None:
         self.policy = policy
         self.order = [*reversed(units[1:]), units[0]]
         self.on_unit_done = on_unit_done
+        self.before_reduce = before_reduce
         self.active = False
         self._reduces = False
-        self._irregular = False
         self._next = 0
         self._in_flight: list[Unit] = []
         for unit in units:
@@ -53,14 +61,13 @@ class GradientReducer:
         self.active = True
         self._reduces = sync and (boundary or not self.policy.local_accumulation)
         self._next = 0
-        used = parameters_behind(loss) if self._irregular else None
+        used = parameters_behind(loss)
         for unit in self.order:
             unit.reduced = False
-            unit.pending = {p for p in unit.trainable if used is None or p in used}
+            unit.pending = {p for p in unit.trainable if p in used}
 
     def end(self) -> None:
         """The backward pass is over: launch what is left, and wait for everything."""
-        self._irregular |= any(unit.pending for unit in self.order)
         for unit in self.order:
             unit.pending = set()
         if self._reduces:
@@ -117,6 +124,7 @@ class GradientReducer:
     def _launch_next(self) -> None:
         unit = self.order[self._next]
         self._next += 1
+        self.before_reduce(unit)
         unit.reduce()
         self._in_flight.append(unit)
         self._drain(IN_FLIGHT)

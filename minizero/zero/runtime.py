@@ -55,12 +55,12 @@ class ZeroRuntime:
         self.units = [Unit(spec, comm, device, policy) for spec in find_units(model)]
         self._load(uninitialized, seed)
         self.gatherer: ParameterGatherer | None = None
-        self.reducer = GradientReducer(self.units, policy, self._unit_done)
+        self.reducer = GradientReducer(self.units, policy, self._unit_done, self._before_reduce)
         if policy.shards_parameters and comm.size > 1:
             self.gatherer = ParameterGatherer(
                 self.units,
                 comm,
-                prefetch=policy.prefetch,
+                prefetch=policy.prefetch and not comm.check,  # checks need one order of gathers and reductions
                 watch_reads=policy.watch_reads,
                 on_order=self.reducer.set_forward_order,
             )
@@ -102,9 +102,9 @@ class ZeroRuntime:
             self.gatherer.begin_backward()
 
     def end_backward(self) -> None:
+        self.reducer.end()
         if self.gatherer is not None:
             self.gatherer.end_backward()
-        self.reducer.end()
 
     def abort(self) -> None:
         """A forward or backward broke off: back to rest, gradients of the window dropped."""
@@ -116,6 +116,10 @@ class ZeroRuntime:
     def _unit_done(self, unit: Unit) -> None:
         if self.gatherer is not None:
             self.gatherer.release_if_done(unit)
+
+    def _before_reduce(self, unit: Unit) -> None:
+        if self.gatherer is not None:
+            self.gatherer.join_gathers_up_to(unit)
 
     # ---- step ----
 
