@@ -1,0 +1,6 @@
+"""The data room: corpus -> tokenizer -> token shards -> sampler -> batches, each in its own file."""
+
+from minizero.data.loader import EvaluationLoader, TokenLoader
+from minizero.data.prepared import PreparedData, prepare
+
+__all__ = ["EvaluationLoader", "PreparedData", "TokenLoader", "prepare"]

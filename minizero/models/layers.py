@@ -20,7 +20,7 @@ IGNORED = -100
 
 
 def residual_std(num_layers: int) -> float:
-    """Standard deviation for a projection into the residual stream; each layer adds two of them (GPT-2, section 2.3)."""
+    """Standard deviation for a projection into the residual stream, of which a layer has two (GPT-2, section 2.3)."""
     return INIT_STD / (2 * num_layers) ** 0.5
 
 

@@ -1,0 +1,67 @@
+"""Byte-level BPE (Sennrich et al., arXiv 1508.07909; on bytes as in GPT-2), trained on the corpus itself.
+
+Every byte is in the vocabulary, so any text can be written and read back unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+SEPARATOR = "<|endoftext|>"
+"""Stands between documents. Inside a text these characters are ordinary ones."""
+
+
+class Tokenizer:
+    """Text to token ids and back, without loss."""
+
+    def __init__(self, backend: Backend) -> None:
+        backend.encode_special_tokens = True  # a document that spells out the separator must not become one
+        self.backend = backend
+        separator_id = backend.token_to_id(SEPARATOR)
+        if separator_id is None:
+            raise ValueError(f"the tokenizer has no {SEPARATOR} token")
+        self.separator_id: int = separator_id
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Learn merges from `texts`, split by GPT-2's regular expression. A small corpus may not fill `vocab_size`."""
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        backend.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[SEPARATOR], initial_alphabet=alphabet, show_progress=False
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend)
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Read a `tokenizer.json`. Raises ValueError naming the file when it is missing or broken."""
+        try:
+            return cls(Backend.from_file(str(path)))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{path} is not a tokenizer: {error}") from error
+
+    def save(self, path: Path) -> None:
+        self.backend.save(str(path))
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are 0 ... vocab_size - 1."""
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """As `encode`, on all cores."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts)]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text; ids that cut a character in two give the replacement character there."""
+        return self.backend.decode(ids, skip_special_tokens=False)
