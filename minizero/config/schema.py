@@ -13,13 +13,21 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from minizero.config.batch import BatchSizes, solve
+from minizero.config.schedules import check_params
+
 Dtype = Literal["fp32", "bf16", "fp16"]
 
 
 class Section(BaseModel):
-    """A group of settings: unknown keys are errors, and each field's docstring is its help text."""
+    """A group of settings: unknown keys are errors, and each field's docstring is its help text.
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+    Strict: "8" is not a number, true is not 1, and nan and inf are no settings.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, validate_assignment=True, use_attribute_docstrings=True
+    )
 
 
 class RunConfig(Section):
@@ -82,7 +90,7 @@ class TrainConfig(Section):
     """Forward passes per optimizer step; follows from the other two when left out."""
     sequence_length: int = Field(256, ge=2)
     """Tokens per training sequence."""
-    gradient_clipping: float = Field(1.0, ge=0, allow_inf_nan=False)
+    gradient_clipping: float = Field(1.0, ge=0)
     """Largest global gradient norm (L2); larger ones are scaled down to it. 0 turns clipping off."""
     eval_every: int = Field(0, ge=0)
     """Steps between evaluations on the held-out files; 0 means only at the end."""
@@ -93,12 +101,20 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     type: str = "AdamW"
     """Adam, AdamW, SGD, Adagrad, Lion, or any element-wise optimizer of `torch.optim`."""
-    lr: float = Field(1e-3, ge=0, allow_inf_nan=False)
+    lr: float = Field(1e-3, ge=0)
     """Learning rate, before the scheduler."""
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.0, ge=0)
     """Weight decay: decoupled for AdamW and Lion, as in each optimizer's paper."""
     params: dict[str, Any] = Field(default_factory=dict)
     """The optimizer's other keyword arguments (betas, eps, momentum, ...), as `torch.optim` names them."""
+
+    @field_validator("params")
+    @classmethod
+    def _each_once(cls, params: dict[str, Any]) -> dict[str, Any]:
+        for name in ("lr", "weight_decay"):
+            if name in params:
+                raise ValueError(f"{name} has its own setting, optimizer.{name}")
+        return params
 
 
 class SchedulerConfig(Section):
@@ -107,9 +123,14 @@ class SchedulerConfig(Section):
     params: dict[str, Any] = Field(default_factory=dict)
     """The schedule's own settings, named as DeepSpeed names them (warmup_num_steps, total_num_steps, ...)."""
 
+    @model_validator(mode="after")
+    def _params_fit_type(self) -> SchedulerConfig:
+        check_params(self.type, self.params)
+        return self
+
 
 class LossScaleConfig(Section):
-    static: float = Field(0.0, ge=0, allow_inf_nan=False)
+    static: float = Field(0.0, ge=0)
     """Fixed loss scale for fp16; 0 means dynamic."""
     initial_power: int = Field(16, ge=0, le=120)
     """Dynamic scaling starts at 2 to this power."""
@@ -119,7 +140,7 @@ class LossScaleConfig(Section):
     """Overflows that are tolerated before the scale halves."""
     consecutive_hysteresis: bool = False
     """Refill the hysteresis after every step without overflow, not only when the scale doubles."""
-    minimum: float = Field(1.0, gt=0, allow_inf_nan=False)
+    minimum: float = Field(1.0, gt=0)
     """The scale never falls below this."""
 
 
@@ -139,7 +160,7 @@ class ZeroConfig(Section):
     """Dtype in which gradients are summed and accumulated."""
     prescale_gradients: bool = False
     """Divide gradients before the reduction instead of after it."""
-    gradient_predivide_factor: float = Field(1.0, gt=0, allow_inf_nan=False)
+    gradient_predivide_factor: float = Field(1.0, gt=0)
     """With `prescale_gradients`: divide by this before the reduction, and by the rest of the data-parallel size after."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """`cpu`: keep fp32 masters and moments in pinned host memory and update them there."""
@@ -207,7 +228,7 @@ class LogConfig(Section):
 class DistConfig(Section):
     backend: Literal["gloo", "nccl"] | None = None
     """Communication backend; None means nccl where a GPU is visible, else gloo."""
-    timeout: float = Field(120.0, gt=0, allow_inf_nan=False)
+    timeout: float = Field(120.0, gt=0)
     """Seconds after which a collective that a peer never joined is an error."""
 
 
@@ -236,3 +257,8 @@ class Config(Section):
     log: LogConfig = Field(default_factory=LogConfig)
     dist: DistConfig = Field(default_factory=DistConfig)
     debug: DebugConfig = Field(default_factory=DebugConfig)
+
+    def batch(self, dp_size: int) -> BatchSizes:
+        """The batch sizes for `dp_size` data-parallel ranks. Raises ConfigError when they do not work out."""
+        train = self.train
+        return solve(train.global_batch_size, train.micro_batch_size, train.gradient_accumulation_steps, dp_size)

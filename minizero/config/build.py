@@ -1,0 +1,41 @@
+"""From a plain tree with minizero's keys to a checked `Config`: where pydantic's complaints become ConfigError."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import ValidationError
+
+from minizero.config.errors import ConfigError
+from minizero.config.problems import explain, found
+from minizero.config.schema import Config
+
+
+def build(tree: dict[str, Any]) -> Config:
+    """The `Config` of a tree with minizero's keys. Raises ConfigError naming every wrong key."""
+    problems = list(not_json(tree, ""))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error, Config))) from None
+
+
+def not_json(node: Any, key: str) -> Iterator[str]:
+    """Lines for what JSON could not hold: nan, infinity, keys that are no text, objects. Free tables are checked too."""
+    if isinstance(node, dict):
+        for name, below in node.items():
+            if not isinstance(name, str):
+                yield f"{key or 'settings'}: found the key {found(name)}; legal: texts"
+                continue
+            yield from not_json(below, f"{key}.{name}" if key else name)
+    elif isinstance(node, list | tuple):
+        for below in node:
+            yield from not_json(below, key)
+    elif isinstance(node, float) and not math.isfinite(node):
+        yield f"{key}: found {node}; legal: a finite number"
+    elif not (node is None or isinstance(node, str | int | float)) and not hasattr(node, "model_dump"):
+        yield f"{key}: found {found(node)}; legal: numbers, texts, true/false, none, lists and tables"
