@@ -23,7 +23,7 @@ from minizero.models.layers import (
 )
 
 Rope = tuple[Tensor, Tensor]
-"""cos_SD and sin_SD of the rotary angles."""
+"""Cosine and sine of the rotary angles, each (S, E) with E = D/2: one angle per pair of elements."""
 
 
 class Llama(nn.Module):
@@ -126,19 +126,19 @@ def default_mlp_width(hidden_size: int) -> int:
 
 
 def rope_table(length: int, head_dim: int, theta: float, like: Tensor) -> Rope:
-    """cos_SD and sin_SD of angle s / theta^(2d / D), each half of D alike; on the device and in the dtype of `like`.
+    """cos and sin of angle s / theta^(2d / D), each (S, D/2), on the device and in the dtype of `like`.
 
     The angles are in fp32 whatever the dtype (bf16 cannot hold positions beyond 256). They are computed afresh in each
     forward: it is cheap, and a buffer would have to survive the meta device, dtype casts and inference mode.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=like.device) / head_dim
-    angle = torch.outer(torch.arange(length, dtype=torch.float32, device=like.device), 1.0 / theta**exponent)
-    angle_SD = torch.cat((angle, angle), dim=-1)
-    return angle_SD.cos().to(like.dtype), angle_SD.sin().to(like.dtype)
+    positions_S = torch.arange(length, dtype=torch.float32, device=like.device)
+    angle_SE = torch.outer(positions_S, 1.0 / theta**exponent)
+    return angle_SE.cos().to(like.dtype), angle_SE.sin().to(like.dtype)
 
 
 def apply_rope(x_BNSD: Tensor, rope: Rope) -> Tensor:
     """Turn each pair (x[d], x[d + D/2]) by its position's angle (RoFormer, arXiv 2104.09864, rotate-half layout)."""
-    cos_SD, sin_SD = rope
+    cos_SE, sin_SE = rope
     first, second = x_BNSD.chunk(2, dim=-1)
-    return x_BNSD * cos_SD + torch.cat((-second, first), dim=-1) * sin_SD
+    return torch.cat((first * cos_SE - second * sin_SE, second * cos_SE + first * sin_SE), dim=-1)
