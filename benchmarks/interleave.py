@@ -1,8 +1,8 @@
 """Runs contenders side by side: each is a group of processes that stays alive, and they take turns.
 
-On a shared machine the speed drifts by tens of percent within minutes. So nothing is compared across runs: in every round
-each contender runs a few steps, in an order that changes from round to round, while the others block on a pipe; ratios are
-taken inside a round, and their median and its 95 % interval (bootstrap) are what is reported.
+On a shared machine the speed drifts by tens of percent within minutes. So nothing is compared across runs: in every
+round each contender runs a few steps, in an order that changes from round to round, while the others block on a pipe;
+ratios are taken inside a round, and their median and its 95 % interval (bootstrap) are what is reported.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def serve(build: Build, rank: int, world: int, folder: str, pipe: Connection) ->
     os.environ |= {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
     os.environ["MASTER_PORT"] = str(20000 + int.from_bytes(os.path.basename(folder).encode()[-2:], "big") % 30000)
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  peers print as they like; our table goes through the pipe
+    sys.stdout = open(os.devnull, "w")  # peers print as they like; our table goes through the pipe
     step = build(rank, world)
     imported = resident_bytes()
     pipe.send("ready")
@@ -126,7 +126,9 @@ def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
 
 def environment() -> dict[str, Any]:
     """Hardware, versions and commit, written beside every result."""
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "unknown")
+    model = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "unknown"
+    )
     versions = {}
     for package in ("torch", "deepspeed", "transformers", "numpy"):
         try:
@@ -134,7 +136,13 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions, "commit": commit}
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit,
+    }
 
 
 def write_result(name: str, result: dict[str, Any]) -> Path:

@@ -49,7 +49,7 @@ def build_compute(rank: int, world: int) -> Callable[[], None]:
 
 
 def build_ddp(rank: int, world: int) -> Callable[[], None]:
-    from torch.nn.parallel import DistributedDataParallel  # noqa: PLC0415
+    from torch.nn.parallel import DistributedDataParallel
 
     start(rank, world)
     mark_imported()
@@ -59,8 +59,8 @@ def build_ddp(rank: int, world: int) -> Callable[[], None]:
 
 
 def build_fsdp2(rank: int, world: int, *, reshard: bool) -> Callable[[], None]:
-    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
-    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
     start(rank, world)
     mark_imported()
@@ -81,7 +81,7 @@ def torch_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tenso
 
 
 def build_deepspeed(rank: int, world: int, *, stage: int) -> Callable[[], None]:
-    import deepspeed  # noqa: PLC0415
+    import deepspeed
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -91,7 +91,7 @@ def build_deepspeed(rank: int, world: int, *, stage: int) -> Callable[[], None]:
 
 
 def build_minizero(rank: int, world: int, *, stage: int, **zero: Any) -> Callable[[], None]:
-    import minizero  # noqa: PLC0415
+    import minizero
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

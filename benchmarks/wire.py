@@ -27,9 +27,8 @@ RATES = ("1gbit", "2gbit")
 
 def build(rank: int, world: int, *, stage: int, overlap: bool, prefetch: bool, tell: str = "") -> Any:
     """A training step of the benchmark's GPT; with `tell`, the ledger is written there after every step."""
-    import minizero  # noqa: PLC0415
-
-    from benchmarks import workload  # noqa: PLC0415
+    import minizero
+    from benchmarks import workload
 
     minizero.init_distributed("gloo")
     mark_imported()
@@ -63,7 +62,9 @@ def measure_bytes(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for stage in range(4):
         tell = str(folder / f"ledger{stage}")
-        contender = Contender(f"stage {stage}", partial(build, stage=stage, overlap=False, prefetch=True, tell=tell), WORLD)
+        contender = Contender(
+            f"stage {stage}", partial(build, stage=stage, overlap=False, prefetch=True, tell=tell), WORLD
+        )
         contender.start()
         contender.run(2)
         before, counted = interface_bytes(), ledger_bytes(tell)
@@ -83,11 +84,27 @@ def measure_overlap(rounds: int) -> list[dict[str, Any]]:
     for rate in ("loopback", *RATES):
         if rate != "loopback":
             subprocess.run(
-                ["tc", "qdisc", "replace", "dev", "lo", "root", "tbf", "rate", rate, "burst", "256kb", "latency", "400ms"],
+                [
+                    "tc",
+                    "qdisc",
+                    "replace",
+                    "dev",
+                    "lo",
+                    "root",
+                    "tbf",
+                    "rate",
+                    rate,
+                    "burst",
+                    "256kb",
+                    "latency",
+                    "400ms",
+                ],
                 check=True,
             )
         pairs = [
-            Contender(f"stage {stage} {'on' if on else 'off'}", partial(build, stage=stage, overlap=on, prefetch=on), WORLD)
+            Contender(
+                f"stage {stage} {'on' if on else 'off'}", partial(build, stage=stage, overlap=on, prefetch=on), WORLD
+            )
             for stage in (1, 2, 3)
             for on in (False, True)
         ]

@@ -71,11 +71,14 @@ def summarize(contenders: dict[str, Contender], rounds: int) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     for name, row in result["contenders"].items():
-        print(f"{name:15} {row['median_ms']:7.1f} ms  [{row['min_ms']:.1f}, {row['max_ms']:.1f}]  peak {row['peak_mib']:.0f} MiB")
+        print(
+            f"{name:15} {row['median_ms']:7.1f} ms  [{row['min_ms']:.1f}, {row['max_ms']:.1f}]"
+            f"  peak {row['peak_mib']:.0f} MiB"
+        )
     for bar in result["bars"]:
         print(
-            f"{bar['ours']} / {bar['peer']}: {bar['median']:.3f} [{bar['low']:.3f}, {bar['high']:.3f}] (bar {bar['limit']}, "
-            f"{'held' if bar['held'] else 'NOT held'}), memory {bar['memory']:.2f}"
+            f"{bar['ours']} / {bar['peer']}: {bar['median']:.3f} [{bar['low']:.3f}, {bar['high']:.3f}] "
+            f"(bar {bar['limit']}, {'held' if bar['held'] else 'NOT held'}), memory {bar['memory']:.2f}"
         )
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 
 from minizero import zero
+from minizero.api import initialize
 from minizero.config import Config
 from minizero.dist.collectives import CollectiveError
 from minizero.dist.dims import ParallelDims
 from minizero.dist.mesh import init_distributed
 from minizero.engine import Engine
-from minizero.api import initialize
 from minizero.zero import unsharded
 
 __version__ = "0.1.0"

@@ -55,12 +55,14 @@ def initialize(
     Args:
         args: a namespace whose `deepspeed_config` names the config file, when `config` is not given.
         model: any module; on the meta device it is initialized shard by shard.
-        optimizer: a torch optimizer over the model's parameters, or a callable that makes one; None builds the config's.
+        optimizer: a torch optimizer over the model's parameters, or a callable that makes one; None builds the
+            config's.
         model_parameters: tensors or param groups for the config's optimizer; None means every trainable parameter.
         training_data: a map-style dataset; a loader of micro-batches for this rank is returned.
         lr_scheduler: a scheduler object, or a callable optimizer -> scheduler; None builds the config's.
-        config: a `Config`, a DeepSpeed JSON (path or dict), or a minizero TOML/JSON path. `config_params` is its old name.
-        distributed_port, mpu, dist_init_required: of DeepSpeed's launcher; torchrun's environment takes their place.
+        config: a `Config`, a DeepSpeed JSON (path or dict), or a minizero TOML/JSON path. `config_params` is its old
+            name. distributed_port, mpu, dist_init_required: of DeepSpeed's launcher; torchrun's environment takes
+            their place.
 
     Raises ValueError (on every rank) for settings that contradict each other, the model or the world size.
     """
@@ -68,7 +70,9 @@ def initialize(
     if model is None:
         raise ValueError("initialize() needs a model")
     if mpu is not None:
-        raise ValueError("initialize(mpu=...) is not available: tensor and pipeline degrees are settings (parallel.tp, parallel.pp)")
+        raise ValueError(
+            "initialize(mpu=...) is not available: tensor and pipeline degrees are settings (parallel.tp, parallel.pp)"
+        )
     if distributed_port is not None and "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(distributed_port)
     init_distributed(settings.dist.backend, settings.dist.timeout)
@@ -94,7 +98,11 @@ def initialize(
         allow_untested=settings.zero.allow_untested_optimizer,
     )
     schedule = make_schedule(lr_scheduler, sharded, settings)
-    loader = None if training_data is None else make_loader(training_data, collate_fn, comm, batch.micro_batch_size, settings)
+    loader = (
+        None
+        if training_data is None
+        else make_loader(training_data, collate_fn, comm, batch.micro_batch_size, settings)
+    )
     if dist.get_rank() == 0:
         print(dtype_table(runtime), flush=True)
     engine = Engine(
@@ -125,14 +133,18 @@ def one_config(args: Any, config: ConfigSource | None, config_params: ConfigSour
 def compare_over_ranks(comm: Communicator, settings: Config, model: nn.Module, device: torch.device) -> None:
     """Raise ValueError on every rank when ranks were given different settings or models, saying what differs."""
     lines = [f"{key} = {value}" for key, value in sorted(flatten(settings.model_dump(exclude={"run"})).items())]
-    shapes = [f"parameter {n}: {tuple(p.shape)} {p.dtype} trainable={p.requires_grad}" for n, p in model.named_parameters()]
+    shapes = [
+        f"parameter {n}: {tuple(p.shape)} {p.dtype} trainable={p.requires_grad}" for n, p in model.named_parameters()
+    ]
     digest = hashlib.sha256("\n".join(lines + shapes).encode()).digest()
     if len(set(comm.gather_bytes(digest, "settings digest", device))) == 1:
         return
     everyone = comm.gather_bytes("\n".join(lines + shapes).encode(), "settings", device)
     texts = [set(text.decode().split("\n")) for text in everyone]
     common = set.intersection(*texts)
-    rows = [f"  rank {rank}: {'; '.join(sorted(text - common)[:5]) or '(nothing more)'}" for rank, text in enumerate(texts)]
+    rows = [
+        f"  rank {rank}: {'; '.join(sorted(text - common)[:5]) or '(nothing more)'}" for rank, text in enumerate(texts)
+    ]
     raise ValueError("ranks were started with different settings or models:\n" + "\n".join(rows))
 
 
@@ -151,9 +163,13 @@ def make_optimizer(optimizer: Any, model: nn.Module, model_parameters: Any, sett
     """The user's optimizer, or the configured one over `model_parameters`."""
     if isinstance(optimizer, torch.optim.Optimizer):
         if model_parameters is not None:
-            raise ValueError("initialize() was given both an optimizer and model_parameters; the optimizer holds its own")
+            raise ValueError(
+                "initialize() was given both an optimizer and model_parameters; the optimizer holds its own"
+            )
         return optimizer
-    parameters = list(model_parameters) if model_parameters is not None else [p for p in model.parameters() if p.requires_grad]
+    parameters = (
+        list(model_parameters) if model_parameters is not None else [p for p in model.parameters() if p.requires_grad]
+    )
     if callable(optimizer):
         return optimizer(parameters)
     optimizer_class(settings.optimizer.type)

@@ -5,8 +5,8 @@ It has DeepSpeed's surface, so that `import minizero as deepspeed` is all a scri
     loss = engine(batch); engine.backward(loss); engine.step()     # or engine.train_batch(iterator)
 
 `backward` divides a mean loss by the accumulation steps; `step` does nothing off the boundary. A loss may also be a
-pair (sum over tokens, number of tokens): gradients are then divided once, by the tokens of the whole global batch, which
-is exact for ragged batches where a mean of means is not.
+pair (sum over tokens, number of tokens): gradients are then divided once, by the tokens of the whole global batch,
+which is exact for ragged batches where a mean of means is not.
 """
 
 from __future__ import annotations
@@ -96,19 +96,22 @@ class Engine:
         """Gradients of `loss` into the accumulation window.
 
         Args:
-            loss: 0-d mean loss, divided by the accumulation steps unless `scale_wrt_gas` is False; or a pair (sum, count).
+            loss: 0-d mean loss, divided by the accumulation steps unless `scale_wrt_gas` is False; or a pair (sum,
+                count).
 
         Returns the loss that was differentiated (without the fp16 scale), as DeepSpeed does.
         """
         boundary, self._step_pending = self._next_is_boundary(), True
         value, tokens = loss if isinstance(loss, tuple) else (loss, None)
         if not isinstance(value, Tensor) or value.dim() != 0 or not value.requires_grad:
-            raise ValueError("backward needs a 0-d loss that depends on trainable parameters, or a pair (loss sum, token count)")
+            raise ValueError(
+                "backward needs a 0-d loss that depends on trainable parameters, or a pair (loss sum, token count)"
+            )
         count = None if tokens is None else torch.as_tensor(tokens, device=self.device)
         if tokens is None and self.batch.accumulation > 1:
             warn_once(
-                "a mean loss with gradient accumulation is a mean of means: exact only if all micro-batches hold equally many "
-                "tokens. Give backward a pair (loss sum, token count) otherwise."
+                "a mean loss with gradient accumulation is a mean of means: exact only if all micro-batches hold "
+                "equally many tokens. Give backward a pair (loss sum, token count) otherwise."
             )
         self._window.add(value, count)
         if tokens is None and scale_wrt_gas:
@@ -154,7 +157,7 @@ class Engine:
         return self._window.micro_batches > 0 and self._window.micro_batches % self.batch.accumulation == 0
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the micro-batch at hand (until its `step`, also after its `backward`) is the last before an update."""
+        """Whether the micro-batch at hand (until its `step`) is the last before an update."""
         return self._at_boundary() if self._step_pending else self._next_is_boundary()
 
     def _next_is_boundary(self) -> bool:
@@ -168,7 +171,7 @@ class Engine:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Keep whole gradients on this rank inside the block. Legal at every stage; costs their memory at stages 2 and 3."""
+        """Keep whole gradients on this rank inside. Legal at every stage; costs their memory at stages 2 and 3."""
         self._synchronize = False
         try:
             yield
@@ -180,8 +183,9 @@ class Engine:
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """One optimizer step over `gradient_accumulation_steps` micro-batches from `data_iter`.
 
-        A micro-batch is a dict (keyword arguments of the model), a tuple (positional) or a tensor; the model returns its
-        loss, a pair (sum, count), or an object with `.loss`. Returns the 0-d float64 mean loss over the global batch.
+        A micro-batch is a dict (keyword arguments of the model), a tuple (positional) or a tensor; the model returns
+        its loss, a pair (sum, count), or an object with `.loss`. Returns the 0-d float64 mean loss over the global
+        batch.
         """
         iterator = self._training_iterator() if data_iter is None else data_iter
         self.module.train()
@@ -292,13 +296,19 @@ class Engine:
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of model state on this rank by kind: parameters, masters, gradients, optimizer."""
-        states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.dim()]
+        states = [
+            t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.dim()
+        ]
         return {**self.runtime.memory_bytes(), "optimizer": sum(t.nbytes for t in states)}
 
     # ---- files ----
 
     def save_checkpoint(
-        self, save_dir: str | Path, tag: str | None = None, client_state: dict[str, Any] | None = None, save_latest: bool = True
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
     ) -> bool:
         """Write everything that resuming needs to `save_dir/tag` (default `global_step{N}`); collective.
 
@@ -307,7 +317,9 @@ class Engine:
         if self._window.micro_batches and not self._at_boundary():
             raise RuntimeError("save_checkpoint() in the middle of an accumulation window; call it after step()")
         with self.ledger.phase("checkpoint"):
-            save_state(self._state(), Path(save_dir), tag or f"global_step{self.global_steps}", client_state or {}, save_latest)
+            save_state(
+                self._state(), Path(save_dir), tag or f"global_step{self.global_steps}", client_state or {}, save_latest
+            )
         return True
 
     def load_checkpoint(
@@ -321,8 +333,8 @@ class Engine:
     ) -> tuple[str | None, dict[str, Any]]:
         """Continue from `load_dir/tag` (default: what the file `latest` names); collective.
 
-        Returns (path, client_state), or (None, {}) when there is no checkpoint. Raises `CheckpointError` naming the file
-        that is damaged or the layout that differs.
+        Returns (path, client_state), or (None, {}) when there is no checkpoint. Raises `CheckpointError` naming the
+        file that is damaged or the layout that differs.
         """
         if not load_module_strict:
             raise ValueError("load_module_strict=False is not available: a checkpoint must hold every parameter")
@@ -354,8 +366,8 @@ class Engine:
     def save_16bit_model(self, save_dir: str | Path, save_filename: str = "model.safetensors") -> bool:
         """Write whole weights in the compute dtype to one safetensors file on rank 0; collective.
 
-        At stage 3 this must have been allowed by `zero.gather_16bit_weights_on_model_save`; otherwise nothing is written
-        and False is returned, as DeepSpeed does.
+        At stage 3 this must have been allowed by `zero.gather_16bit_weights_on_model_save`; otherwise nothing is
+        written and False is returned, as DeepSpeed does.
         """
         if self.config.zero.stage == 3 and not self.config.zero.gather_16bit_weights_on_model_save:
             warn_once("save_16bit_model at stage 3 needs zero.gather_16bit_weights_on_model_save; nothing was written")
@@ -373,13 +385,19 @@ def loss_of(output: Any) -> Loss:
     """The loss in a model's output: itself, a (sum, count) pair, `.loss`, or `["loss"]`."""
     if isinstance(output, Tensor):
         return output
-    if isinstance(output, tuple) and len(output) == 2 and all(isinstance(part, Tensor) and part.dim() == 0 for part in output):
+    if (
+        isinstance(output, tuple)
+        and len(output) == 2
+        and all(isinstance(part, Tensor) and part.dim() == 0 for part in output)
+    ):
         return output
     loss = getattr(output, "loss", None)
     if loss is None and isinstance(output, dict):
         loss = output.get("loss")
     if loss is None:
-        raise ValueError(f"the model returned {type(output).__name__}; train_batch needs a 0-d loss, (sum, count), or .loss")
+        raise ValueError(
+            f"the model returned {type(output).__name__}; train_batch needs a 0-d loss, (sum, count), or .loss"
+        )
     return loss
 
 
@@ -387,7 +405,7 @@ def forever(dataloader: Any) -> Iterator[Any]:
     """The batches of `dataloader`, epoch after epoch."""
     epoch = 0
     while True:
-        sampler = getattr(dataloader, "sampler", None)
+        sampler: Any = getattr(dataloader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
         empty = True
@@ -397,4 +415,3 @@ def forever(dataloader: Any) -> Iterator[Any]:
         if empty:
             raise ValueError("the training data loader is empty")
         epoch += 1
-

@@ -65,7 +65,9 @@ def communicate(sizes: tuple[int, ...], wire: torch.dtype, out: torch.dtype) -> 
     world, rank = dist.get_world_size(), dist.get_rank()
     comm = Communicator(build_mesh(ParallelDims(world)), "dp", CommLedger(), check=True)
     layout = FlatLayout(sizes, world)
-    pieces = [torch.randn(size, generator=torch.Generator().manual_seed(100 * rank + i)) for i, size in enumerate(sizes)]
+    pieces = [
+        torch.randn(size, generator=torch.Generator().manual_seed(100 * rank + i)) for i, size in enumerate(sizes)
+    ]
     shard = torch.zeros(layout.shard_size, dtype=out)
     for accumulate in (False, True):
         comm.reduce_scatter(pieces, layout, shard, "u", wire_dtype=wire, accumulate=accumulate).wait()

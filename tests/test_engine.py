@@ -20,20 +20,25 @@ import minizero
 
 def deepspeed_script(stage: int) -> dict[str, list]:
     """A loop as DeepSpeed's users write it, accumulation 2."""
-    import minizero as deepspeed  # noqa: PLC0415  the promise: only this line changes
+    import minizero as deepspeed
 
     config = {
         "train_batch_size": 16,
         "train_micro_batch_size_per_gpu": 4,
         "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "weight_decay": 0.1}},
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 3e-3, "warmup_num_steps": 4, "warmup_type": "linear"}},
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {"warmup_max_lr": 3e-3, "warmup_num_steps": 4, "warmup_type": "linear"},
+        },
         "gradient_clipping": 0.5,
         "zero_optimization": {"stage": stage},
         "steps_per_print": 1000,
     }
     deepspeed.init_distributed()
     model = make("toy")
-    engine, optimizer, _, scheduler = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    engine, optimizer, _, scheduler = deepspeed.initialize(
+        model=model, model_parameters=model.parameters(), config=config
+    )
     seen: dict[str, list] = {"boundary": [], "returned": [], "lr": [], "norm": []}
     for tokens, labels in batches(3):
         for micro in range(2):
@@ -81,7 +86,9 @@ class TokenLoss(Toy):
 def ragged_batch(step: int):
     generator = torch.Generator().manual_seed(step)
     tokens, labels = torch.randint(VOCAB, (2, 16, LENGTH), generator=generator)
-    labels = labels.masked_fill(torch.rand(labels.shape, generator=generator) < torch.linspace(0, 0.9, 16)[:, None], -100)
+    labels = labels.masked_fill(
+        torch.rand(labels.shape, generator=generator) < torch.linspace(0, 0.9, 16)[:, None], -100
+    )
     return tokens, labels
 
 
@@ -382,13 +389,15 @@ def stall() -> None:
     if dist.get_rank() == 0:
         engine(*batches(1)[0])
     else:
-        import time  # noqa: PLC0415
+        import time
 
         time.sleep(8)
 
 
 def test_a_rank_that_never_comes_is_an_error_within_the_timeout():
-    with pytest.raises(DistributedError, match=r"rank 0: all_gather of root \(forward, axis dp, #\d+\) failed after \d"):
+    with pytest.raises(
+        DistributedError, match=r"rank 0: all_gather of root \(forward, axis dp, #\d+\) failed after \d"
+    ):
         run_distributed(stall, 2, timeout=20)
 
 
@@ -408,7 +417,9 @@ def client_objects() -> list[float]:
     model = make("toy")
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=3e-3, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=3e-3, weight_decay=0.1
+    )
     engine, sharded, _, scheduler = minizero.initialize(
         model=model,
         optimizer=optimizer,

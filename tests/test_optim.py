@@ -18,7 +18,10 @@ from minizero.optim.schedules import build_schedule
 
 
 def adam() -> torch.optim.Optimizer:
-    groups = [{"params": [torch.nn.Parameter(torch.ones(2))]}, {"params": [torch.nn.Parameter(torch.ones(3))], "lr": 5e-4}]
+    groups = [
+        {"params": [torch.nn.Parameter(torch.ones(2))]},
+        {"params": [torch.nn.Parameter(torch.ones(3))], "lr": 5e-4},
+    ]
     return torch.optim.AdamW(groups, lr=2e-3)
 
 
@@ -44,7 +47,10 @@ SCHEDULES = [
             "decay_mom_rate": 0.1,
         },
     ),
-    ("OneCycle", {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-2, "cycle_first_step_size": 8, "cycle_first_stair_count": 4}),
+    (
+        "OneCycle",
+        {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-2, "cycle_first_step_size": 8, "cycle_first_stair_count": 4},
+    ),
     ("LRRangeTest", {}),
     ("LRRangeTest", {"lr_range_test_min_lr": 1e-4, "lr_range_test_step_size": 5, "lr_range_test_staircase": True}),
 ]
@@ -77,9 +83,13 @@ def test_a_schedule_resumes():
 @pytest.mark.parametrize("consecutive", (False, True))
 @pytest.mark.parametrize("hysteresis", (1, 2, 3))
 def test_loss_scale_follows_deepspeeds(hysteresis, consecutive):
-    config = LossScaleConfig(initial_power=8, window=5, hysteresis=hysteresis, consecutive_hysteresis=consecutive, minimum=2.0)
+    config = LossScaleConfig(
+        initial_power=8, window=5, hysteresis=hysteresis, consecutive_hysteresis=consecutive, minimum=2.0
+    )
     ours = LossScaler(config, enabled=True)
-    theirs = DynamicLossScaler(2.0**8, 5, 2.0, hysteresis, consecutive, raise_error_at_min_scale=False, dtype=torch.float32)
+    theirs = DynamicLossScaler(
+        2.0**8, 5, 2.0, hysteresis, consecutive, raise_error_at_min_scale=False, dtype=torch.float32
+    )
     draw = random.Random(hysteresis)
     for _ in range(300):
         overflow = draw.random() < 0.2
@@ -96,7 +106,7 @@ def test_loss_scale_follows_deepspeeds(hysteresis, consecutive):
 
 
 def theirs_message_free_update(scaler: DynamicLossScaler, overflow: bool) -> None:
-    import deepspeed.runtime.fp16.loss_scaler as module  # noqa: PLC0415
+    import deepspeed.runtime.fp16.loss_scaler as module
 
     module.dist.get_rank = lambda: 1  # no process group here: only its log line asks for the rank
     scaler.update_scale(overflow)

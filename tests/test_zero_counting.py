@@ -66,7 +66,9 @@ def test_model_state_bytes_are_the_closed_form(world, precision):
     """At rest after a step: no gradients; parameters, masters and two moments, whole or 1/N, with padding."""
     sizes = unit_sizes("toy", world)
     elements = sum(sizes.values())
-    owned = sum(FlatLayout(tuple(p.numel() for p in u.parameters.values()), world).sizes != () for u in find_units(make("toy")))
+    owned = sum(
+        FlatLayout(tuple(p.numel() for p in u.parameters.values()), world).sizes != () for u in find_units(make("toy"))
+    )
     assert owned == len(sizes)
     for stage in range(4):
         reports = run_distributed(train, world, "toy", stage, 1, precision=precision)

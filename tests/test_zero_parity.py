@@ -45,7 +45,14 @@ def test_low_precision_stages_are_bitwise_equal(precision, accumulation):
     # On gloo sums run in rank order in fp32 at every stage, so 16-bit stages agree bitwise too.
     runs = [
         run_distributed(
-            train, 2, "toy", stage, 10, accumulation, precision=precision, zero={"stage": stage, "accumulation": "sharded"}
+            train,
+            2,
+            "toy",
+            stage,
+            10,
+            accumulation,
+            precision=precision,
+            zero={"stage": stage, "accumulation": "sharded"},
         )[0]
         for stage in STAGES
     ]
@@ -64,7 +71,7 @@ def test_overlap_and_prefetch_change_nothing(stage):
 
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"toy"}))
 def test_every_kind_of_model(name):
-    # In float64: attention's key bias has a true gradient of zero, and Adam would turn fp32's rounding of it into steps.
+    # In float64: attention's key bias has a true gradient of zero, and Adam turns fp32's rounding of it into steps.
     dtype, bound = (None, 3e-6) if name == "two_dtypes" else (torch.float64, 1e-10)
     losses, norms, weights = train_plainly(name, 6, dtype=dtype)
     for stage in (1, 3):

@@ -167,7 +167,7 @@ class TwoDtypes(Toy):
 
 
 def hf_llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415  the extra is heavy; only this model needs it
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=12, intermediate_size=20, num_hidden_layers=3, num_attention_heads=3,
@@ -177,10 +177,17 @@ def hf_llama() -> nn.Module:
 
 
 def hf_gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=VOCAB, n_embd=12, n_layer=3, n_head=3, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+        vocab_size=VOCAB,
+        n_embd=12,
+        n_layer=3,
+        n_head=3,
+        n_positions=16,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
     )
     return HuggingFace(GPT2LMHeadModel(config))
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from toys import BATCH, LENGTH, batches, make
 from torch import Tensor
+from toys import BATCH, LENGTH, batches, make
 
 import minizero
 

@@ -40,6 +40,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
+    """Make the content of `path` survive a power cut."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 

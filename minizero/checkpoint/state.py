@@ -9,8 +9,8 @@ buffers and their padding never reach the disk. There is no pickle on any path.
     buffer/…   the model's buffers, whole, in rank 0's file
     rng/…      each rank's random state
 
-The folder is written under a temporary name and renamed when every rank has reported its file and the manifest is on disk:
-an interrupted save leaves the previous checkpoint as it was.
+The folder is written under a temporary name and renamed when every rank has reported its file and the manifest is on
+disk: an interrupted save leaves the previous checkpoint as it was.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def save_state(state: TrainingState, folder: Path, tag: str, client_state: dict[
 
 
 def json_header(state: TrainingState, client_state: dict[str, Any]) -> dict[str, Any]:
+    """The manifest without its files. Raises ValueError for what JSON cannot hold."""
     scheduler = state.scheduler.state_dict() if state.scheduler is not None else None
     header = {
         "format": 1,
@@ -148,6 +149,7 @@ def slices_to_save(state: TrainingState) -> Iterator[tuple[int, FlatGroup, str, 
 
 
 def frozen_parameters(runtime: ZeroRuntime) -> Iterator[tuple[str, FlatGroup, int, nn.Parameter]]:
+    """(name, group, index in the group, parameter) of everything that does not train."""
     for group in runtime.groups:
         if not group.trainable:
             for index, (name, parameter) in enumerate(zip(group.names, group.parameters, strict=True)):
@@ -202,6 +204,7 @@ def load_state(
 
 
 def find_checkpoint(folder: Path, tag: str | None) -> Path | None:
+    """The folder of `tag`, or of what the file `latest` names; None when there is none."""
     if tag is not None:
         return folder / tag
     latest = folder / LATEST
@@ -209,6 +212,7 @@ def find_checkpoint(folder: Path, tag: str | None) -> Path | None:
 
 
 def check_fit(state: TrainingState, path: Path, manifest: dict[str, Any]) -> None:
+    """Raise CheckpointError when the checkpoint is of another layout or model."""
     if manifest["dp"] != state.comm.size:
         raise CheckpointError(
             f"{path} was saved by {manifest['dp']} data-parallel ranks, this run has {state.comm.size}; "
@@ -261,6 +265,7 @@ class SliceReader:
 
 @torch.no_grad()
 def read_values(state: TrainingState, reader: SliceReader, *, optimizer: bool) -> None:
+    """Fill masters, optimizer state, frozen parameters, buffers and random state."""
     for piece, group, place in state.optimizer.slices:
         _, span = group.owned_spans()[place]
         name = group.names[span.index]

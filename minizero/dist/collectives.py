@@ -113,7 +113,7 @@ class Communicator:
         work.requests = [self._receive(host[peer], peer, tag) for peer in self._peers()]
         work.requests += [self._send(host[self.rank], peer, tag) for peer in self._peers()]
         if flat.is_cuda:
-            work.finish = lambda: [shard.copy_(on_host) for shard, on_host in zip(shards, host, strict=True)] and None
+            work.finish = lambda: copy_all(host, shards)
         return work
 
     def reduce_scatter(
@@ -195,9 +195,7 @@ class Communicator:
 
     def gather_rows(self, row: Tensor, unit: str) -> Tensor:
         """row [K] -> [N, K]: each rank's row, in rank order. For scalars that every rank must agree on."""
-        work = self._begin(
-            "gather_rows", unit, row, row.numel() * self.size, row.dtype, row.nbytes * (self.size - 1)
-        )
+        work = self._begin("gather_rows", unit, row, row.numel() * self.size, row.dtype, row.nbytes * (self.size - 1))
         if self.size == 1:
             return row.unsqueeze(0)
         rows = [torch.empty_like(row) for _ in range(self.size)]
@@ -267,6 +265,12 @@ class Communicator:
             return
         lines = [f"  rank {rank}: {text.replace(chr(10), ', called from ')}" for rank, text in enumerate(seen)]
         raise CollectiveError("ranks are about to run different collectives:\n" + "\n".join(lines))
+
+
+def copy_all(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """targets[i] <- sources[i]."""
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
 
 
 def add_up(parts: Sequence[Tensor], target: Tensor, accumulate: bool) -> None:

@@ -49,7 +49,12 @@ class CommLedger:
             self.current_phase = outer
 
     def total(
-        self, *, axis: str | None = None, operation: str | None = None, phase: str | None = None, unit: str | None = None
+        self,
+        *,
+        axis: str | None = None,
+        operation: str | None = None,
+        phase: str | None = None,
+        unit: str | None = None,
     ) -> Count:
         """The sum over every entry that matches the given names."""
         wanted = (axis, operation, phase, unit)

@@ -46,7 +46,9 @@ def init_distributed(dist_backend: str | None = None, timeout: float = DEFAULT_T
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # torchrun keeps its store over restarts: without a prefix per attempt, a fast rank reads the addresses
     # that the last attempt left there and fails to connect.
-    attempt = f"minizero/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    attempt = (
+        f"minizero/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    )
     rendezvous = dist.rendezvous("env://", rank, world_size, timeout=limit)
     store, rank, world_size = next(iter(rendezvous))
     prefixed = dist.PrefixStore(attempt, store)

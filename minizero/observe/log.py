@@ -66,6 +66,7 @@ class EngineLog:
 
 
 def now() -> float:
+    """Seconds, once the device has finished what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

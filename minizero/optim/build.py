@@ -19,7 +19,19 @@ ELEMENT_WISE: dict[str, type[torch.optim.Optimizer]] = {
     "Lion": Lion,
     **{
         name: getattr(torch.optim, name)
-        for name in ("Adam", "AdamW", "SGD", "Adagrad", "Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop")
+        for name in (
+            "Adam",
+            "AdamW",
+            "SGD",
+            "Adagrad",
+            "Adadelta",
+            "Adamax",
+            "ASGD",
+            "NAdam",
+            "RAdam",
+            "RMSprop",
+            "Rprop",
+        )
     },
 }
 
@@ -28,23 +40,27 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """The element-wise optimizer called `name` (case does not matter). Raises ValueError with the legal names."""
     by_lower = {key.lower(): cls for key, cls in ELEMENT_WISE.items()}
     if name.lower() not in by_lower:
-        why = " is not element-wise, and slices of parameters would change its updates" if hasattr(torch.optim, name) else ""
+        why = (
+            " is not element-wise, and slices of parameters would change its updates"
+            if hasattr(torch.optim, name)
+            else ""
+        )
         raise ValueError(f"optimizer.type {name!r}{why or ' is not known'}; legal: {', '.join(ELEMENT_WISE)}")
     return by_lower[name.lower()]
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[Any]) -> torch.optim.Optimizer:
-    """The configured optimizer over `parameters` (tensors or param groups). Raises ValueError naming a wrong argument."""
+    """The configured optimizer over `parameters` (tensors or groups). Raises ValueError naming a wrong argument."""
     cls = optimizer_class(config.type)
     arguments = {"lr": config.lr, "weight_decay": config.weight_decay, **config.params}
     legal = set(inspect.signature(cls).parameters) - {"params"}
     if unknown := sorted(set(arguments) - legal):
-        raise ValueError(f"optimizer.params: {cls.__name__} takes no {', '.join(unknown)}; legal: {', '.join(sorted(legal))}")
+        names = ", ".join(sorted(legal))
+        raise ValueError(f"optimizer.params: {cls.__name__} takes no {', '.join(unknown)}; legal: {names}")
     if "fused" in legal and not {"fused", "foreach", "capturable", "differentiable", "maximize"} & set(arguments):
         arguments["fused"] = True
-    for key in ("betas",):
-        if key in arguments:
-            arguments[key] = tuple(arguments[key])
+    if "betas" in arguments:
+        arguments["betas"] = tuple(arguments["betas"])
     try:
         return cls(parameters, **arguments)
     except TypeError as error:

@@ -1,7 +1,8 @@
 """Loss scaling for fp16: multiply the loss so that small gradients stay representable, and divide them afterwards.
 
-Dynamic scaling follows DeepSpeed's rules: the scale doubles after `window` steps without overflow; an overflow first uses
-up `hysteresis`, then halves the scale, never below `minimum`. (Micikevicius et al., arXiv 1710.03740, section 3.2)
+Dynamic scaling follows DeepSpeed's rules: the scale doubles after `window` steps without overflow; an overflow first
+uses up `hysteresis`, then halves the scale, never below `minimum`. (Micikevicius et al., arXiv 1710.03740, section
+3.2)
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 A schedule maps `iteration` to one learning rate per param group. Iteration -1 is the state before the first `step()`;
 the engine calls `step()` once after each optimizer step that was applied. The traps, reproduced because configs in the
-wild rely on them: the warm-up types give the minimum to the first *two* steps (iterations -1 and 0), the default warm-up is
-logarithmic, `warmup_num_steps` is at least 2, and WarmupDecayLR and WarmupLR ignore the optimizer's own lr when
-`warmup_max_lr` is given.
+wild rely on them: the warm-up types give the minimum to the first *two* steps (iterations -1 and 0), the default
+warm-up is logarithmic, `warmup_num_steps` is at least 2, and WarmupDecayLR and WarmupLR ignore the optimizer's own lr
+when `warmup_max_lr` is given.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Keeps freed memory in the process, on CPU.
 
 glibc gives large freed blocks back to the kernel at once, and the next allocation of the same size faults every page in
-again, zeroed: for activations, gradients and the whole buffers of ZeRO stage 3 that is gigabytes per second of clearing.
+again, zeroed: for activations, gradients and the whole buffers of ZeRO stage 3 that is gigabytes per second of
+clearing.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def unsharded(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def GatheredParameters(  # noqa: N802 - DeepSpeed's name
+def GatheredParameters(
     params: nn.Parameter | Iterable[nn.Parameter],
     modifier_rank: int | None = None,
     fwd_module: nn.Module | None = None,
@@ -51,6 +51,7 @@ def GatheredParameters(  # noqa: N802 - DeepSpeed's name
 
 @contextmanager
 def contexts(runtimes: list[ZeroRuntime], modifier_rank: int | None) -> Iterator[None]:
+    """`modified` of every runtime, one inside the other."""
     if not runtimes:
         yield
         return
@@ -64,7 +65,7 @@ def _holds(runtime: ZeroRuntime, wanted: list[nn.Parameter]) -> bool:
 
 
 @contextmanager
-def Init(  # noqa: N802 - DeepSpeed's name
+def Init(
     module: nn.Module | None = None,
     config_dict_or_path: Any = None,
     config: Any = None,
@@ -77,7 +78,9 @@ def Init(  # noqa: N802 - DeepSpeed's name
     hand outside `reset_parameters` is found by `initialize` and refused. The configurations are not needed here.
     """
     if module is not None:
-        raise ValueError("zero.Init(module=...) of a built model has no effect here: pass the model to minizero.initialize")
+        raise ValueError(
+            "zero.Init(module=...) of a built model has no effect here: pass the model to minizero.initialize"
+        )
     if unused.get("remote_device") not in (None, "none", "cpu", "cuda"):
         raise ValueError(f"zero.Init(remote_device={unused['remote_device']!r}) is not available; legal: none, cpu")
     if not enabled:

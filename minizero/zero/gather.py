@@ -12,8 +12,8 @@ Who releases what:
 - held units (the root, and any whose parameters were seen used outside their own forward) stay whole from the root's
   forward to the end of backward.
 
-Recompute, evaluation and generation are ordinary users: a recomputed forward finds its unit whole and in backward, so it
-neither gathers nor releases.
+Recompute, evaluation and generation are ordinary users: a recomputed forward finds its unit whole and in backward, so
+it neither gathers nor releases.
 """
 
 from __future__ import annotations
@@ -153,7 +153,9 @@ class ParameterGatherer:
         if self._suspended:
             return
         if not self.backward_active:
-            raise RuntimeError("at ZeRO stage 3 gradients are computed by engine.backward(loss), not by loss.backward()")
+            raise RuntimeError(
+                "at ZeRO stage 3 gradients are computed by engine.backward(loss), not by loss.backward()"
+            )
         unit.in_backward = True
         self._make_whole_in_order(unit)
 
@@ -193,7 +195,13 @@ class ParameterGatherer:
 
     def release_if_done(self, unit: Unit) -> None:
         """After a gradient: free the unit if nothing of this backward pass can read it any more."""
-        if self.backward_active and not unit.pending and unit.open_inputs <= 0 and not unit.held and not self._suspended:
+        if (
+            self.backward_active
+            and not unit.pending
+            and unit.open_inputs <= 0
+            and not unit.held
+            and not self._suspended
+        ):
             unit.in_backward = False
             unit.release()
 
@@ -297,10 +305,12 @@ class ReadWatcher(TorchFunctionMode):
 def differentiable(values: Any) -> list[Tensor]:
     """The tensors in a nested structure (dataclass outputs included) that gradients flow through."""
     leaves = tree_leaves(values)
-    opened = [item for leaf in leaves for item in (vars(leaf).values() if hasattr(leaf, "__dataclass_fields__") else [leaf])]
+    opened = [
+        item for leaf in leaves for item in (vars(leaf).values() if hasattr(leaf, "__dataclass_fields__") else [leaf])
+    ]
     return [leaf for leaf in tree_leaves(opened) if isinstance(leaf, Tensor) and leaf.requires_grad]
 
 
 def requires_grad(output: Any) -> bool:
+    """Whether a backward pass may follow from `output`."""
     return torch.is_grad_enabled() and bool(differentiable(output))
-

@@ -1,16 +1,17 @@
 """Initial values, the same in every layout.
 
-A model built on the `meta` device has shapes and no memory. Each of its modules is given memory alone, filled by its own
-initializer from a generator seeded with (seed, module name), and handed on; a rank keeps its shards of it and the memory
-is freed before the next module. So initialization depends neither on the world size nor on the stage, and no rank
-ever holds the whole model. A module's initializer is the root's HuggingFace `_init_weights(module)` where it has one,
-else the module's own `reset_parameters()`.
+A model built on the `meta` device has shapes and no memory. Each of its modules is given memory alone, filled by its
+own initializer from a generator seeded with (seed, module name), and handed on; a rank keeps its shards of it and the
+memory is freed before the next module. So initialization depends neither on the world size nor on the stage, and no
+rank ever holds the whole model. A module's initializer is the root's HuggingFace `_init_weights(module)` where it has
+one, else the module's own `reset_parameters()`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ def module_seed(seed: int, name: str) -> int:
 
 
 def move_off_meta(model: nn.Module, device: torch.device) -> set[nn.Parameter]:
-    """Replace meta parameters by memoryless ones on `device`, ties kept; other tensors move there. Returns the replaced.
+    """Replace meta parameters by memoryless ones on `device`, ties kept; other tensors move there. Returns the
+    replaced.
 
     Until they are initialized, those parameters read as NaN.
     """
@@ -61,6 +63,7 @@ def initial_values(
 def initialize_module(
     model: nn.Module, name: str, module: nn.Module, own: dict[str, nn.Parameter], device: torch.device, seed: int
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Give one module memory, run its initializer, hand its values on, and take the memory away again."""
     shared = dict(module.named_parameters(recurse=False))
     for key, parameter in shared.items():
         poison = torch.full(parameter.shape, float("nan"), dtype=parameter.dtype, device=device)
@@ -86,10 +89,13 @@ def initialize_module(
 
 
 def initializer_of(model: nn.Module, name: str, module: nn.Module) -> Callable[[], object]:
-    if hasattr(model, "_init_weights"):
-        return lambda: model._init_weights(module)
-    if hasattr(module, "reset_parameters"):
-        return module.reset_parameters
+    """What fills `module`'s own parameters. Raises ValueError naming a module that has nothing of the kind."""
+    of_model: Any = getattr(model, "_init_weights", None)
+    own: Any = getattr(module, "reset_parameters", None)
+    if of_model is not None:
+        return lambda: of_model(module)
+    if own is not None:
+        return own
     raise ValueError(
         f"{type(module).__name__} {name!r} holds parameters on the meta device but has no reset_parameters(): "
         "give it one, or build the model on a real device"

@@ -1,7 +1,7 @@
 """The sharded optimizer step, as named phases: finish reductions, norm, skip or scale, update, gather.
 
-Any element-wise torch optimizer works inside: its param groups are rewritten in place to hold, instead of parameters, 1-D
-slices of this rank's fp32 masters. Options such as weight decay stay with the slices, and schedulers that were
+Any element-wise torch optimizer works inside: its param groups are rewritten in place to hold, instead of parameters,
+1-D slices of this rank's fp32 masters. Options such as weight decay stay with the slices, and schedulers that were
 given the optimizer go on working.
 
 The global norm is one routine for every layout: each rank sums the squares of *its own* slices (rows of 4096 in the
@@ -110,16 +110,27 @@ class ZeroOptimizer(torch.optim.Optimizer):
         covered: set[nn.Parameter] = set()
         for param_group in self.inner.param_groups:
             if any(p not in of_parameter for p in param_group["params"]):
-                raise ValueError("the optimizer holds a parameter that is not part of the model (was it built on meta?)")
+                raise ValueError(
+                    "the optimizer holds a parameter that is not part of the model (was it built on meta?)"
+                )
             covered |= set(param_group["params"])
             self._move_initial_state(param_group, of_parameter)
             param_group["params"] = [piece for p in param_group["params"] for piece in of_parameter[p]]
-        forgotten = [n for g in self.runtime.groups if g.trainable for n, p in zip(g.names, g.parameters, strict=True)
-                     if p not in covered]
+        forgotten = [
+            n
+            for g in self.runtime.groups
+            if g.trainable
+            for n, p in zip(g.names, g.parameters, strict=True)
+            if p not in covered
+        ]
         if forgotten:
-            warn_once(f"{len(forgotten)} trainable parameters are in no param group and stay as they are: {forgotten[:3]}")
+            warn_once(
+                f"{len(forgotten)} trainable parameters are in no param group and stay as they are: {forgotten[:3]}"
+            )
 
-    def _move_initial_state(self, param_group: dict[str, Any], of_parameter: dict[nn.Parameter, list[nn.Parameter]]) -> None:
+    def _move_initial_state(
+        self, param_group: dict[str, Any], of_parameter: dict[nn.Parameter, list[nn.Parameter]]
+    ) -> None:
         """Adagrad makes its state when it is built; give each slice its own."""
         for parameter in param_group["params"]:
             if self.inner.state.pop(parameter, None) is not None:
@@ -216,6 +227,7 @@ def squared_norm(values: Tensor) -> Tensor:
 
 
 def refuse_unfit(inner: torch.optim.Optimizer, allow_untested: bool) -> None:
+    """Raise ValueError for an optimizer that has stepped, or whose updates flat slices would change."""
     name = type(inner).__name__
     if any(not isinstance(inner, torch.optim.Adagrad) or state["step"] > 0 for state in inner.state.values()):
         raise ValueError(f"{name} has optimizer state already; give minizero an optimizer before its first step")

@@ -75,5 +75,6 @@ class Policy:
 
     def accumulation_of(self, dtype: torch.dtype) -> torch.dtype:
         """Dtype in which gradients of a `dtype` parameter are summed: never coarser than asked, float64 stays."""
-        return torch.promote_types(dtype, self.accumulation_dtype) if dtype == torch.float64 else self.accumulation_dtype
-
+        return (
+            torch.promote_types(dtype, self.accumulation_dtype) if dtype == torch.float64 else self.accumulation_dtype
+        )

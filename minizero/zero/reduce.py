@@ -1,12 +1,12 @@
 """When gradients are reduced: in one order that no rank's data can change.
 
 The order is the reverse of the forward pass, root last. A unit is launched when all its gradients have arrived *and*
-every unit before it in that order has been launched; what is left when backward ends is launched then, missing gradients
-as zeros. So two ranks that took different branches still call the same reductions in the same order.
+every unit before it in that order has been launched; what is left when backward ends is launched then, missing
+gradients as zeros. So two ranks that took different branches still call the same reductions in the same order.
 
-Which gradients a pass will bring is read from the graph behind the loss before it starts, so a unit is complete the moment
-its last one arrives, and a unit that this rank skipped is complete at once. At stage 3 this also rules out deadlock: a
-unit is gathered before it is reduced, on every rank, whichever of them used it.
+Which gradients a pass will bring is read from the graph behind the loss before it starts, so a unit is complete the
+moment its last one arrives, and a unit that this rank skipped is complete at once. At stage 3 this also rules out
+deadlock: a unit is gathered before it is reduced, on every rank, whichever of them used it.
 """
 
 from __future__ import annotations

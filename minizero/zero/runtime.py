@@ -44,7 +44,9 @@ class ZeroRuntime:
     Raises ValueError when the model has no trainable parameter, or one that cannot be initialized.
     """
 
-    def __init__(self, model: nn.Module, comm: Communicator, policy: Policy, device: torch.device, seed: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, comm: Communicator, policy: Policy, device: torch.device, seed: int = 0
+    ) -> None:
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{type(model).__name__} has no trainable parameter")
         self.model = model

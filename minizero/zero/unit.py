@@ -23,6 +23,8 @@ from minizero.zero.units import ROOT, UnitSpec
 
 
 class State(Enum):
+    """Where a unit's parameters are."""
+
     SHARDED = auto()
     """Parameters read as NaN; this rank holds its shard only."""
     GATHERING = auto()
@@ -159,13 +161,15 @@ class Unit:
         """The whole local gradient, flattened, and no longer held by the parameter."""
         if parameter in self._local:
             self.keep_local(parameter)
-            gradient = self._local.pop(parameter)
+            gradient: Tensor | None = self._local.pop(parameter)
         else:
             gradient, parameter.grad = parameter.grad, None
         if gradient is None:
             return self._zero(parameter)
         if gradient.is_sparse:
-            raise ValueError(f"unit {self.name}: sparse gradients are not supported; build the embedding with sparse=False")
+            raise ValueError(
+                f"unit {self.name}: sparse gradients are not supported; build the embedding with sparse=False"
+            )
         if self.policy.predivide != 1.0:
             gradient = gradient.div_(self.policy.predivide)
         return gradient.reshape(-1)

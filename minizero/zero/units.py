@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import nn
 
@@ -62,14 +63,14 @@ def large_leaves(model: nn.Module, units: dict[str, nn.Module]) -> dict[str, nn.
     if not units:
         return {}
     largest = max(sum(p.numel() for p in module.parameters()) for module in units.values())
-    uses = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    uses: Counter[nn.Parameter] = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding | nn.Linear)
         and not any(name == unit or name.startswith(f"{unit}.") for unit in units)
         and module.weight.numel() > largest
-        and uses[module.weight] == 1
+        and uses[cast(nn.Parameter, module.weight)] == 1
     }
 
 
