@@ -1,7 +1,7 @@
 """The batch equation: global batch = micro batch x accumulation x data-parallel size.
 
-The data-parallel size comes from the mesh, never from the number of processes: other parallel axes divide it. A quotient
-that is not whole is an error here. Rounding it down first and complaining about the rounded numbers misleads.
+The data-parallel size comes from the mesh, never from the number of processes: other parallel axes divide it. A
+quotient that is not whole is an error here. Rounding it down first and complaining about the rounded numbers misleads.
 """
 
 from __future__ import annotations

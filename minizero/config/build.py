@@ -25,7 +25,7 @@ def build(tree: dict[str, Any]) -> Config:
 
 
 def not_json(node: Any, key: str) -> Iterator[str]:
-    """Lines for what JSON could not hold: nan, infinity, keys that are no text, objects. Free tables are checked too."""
+    """Lines for what JSON could not hold: nan, infinity, keys that are no text, objects; also in free tables."""
     if isinstance(node, dict):
         for name, below in node.items():
             if not isinstance(name, str):

@@ -1,6 +1,6 @@
 """Reads TOML and JSON into plain trees, with errors that say where.
 
-JSON may hold comments (//, # and /* */), since DeepSpeed's config files do. A key given twice is an error, not the last one.
+JSON may hold comments (//, # and /* */), since DeepSpeed's config files do. A key given twice is an error.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, name: str) -> dict[str, Any]:
-    """An object in JSON with comments; `name` stands for the source in errors. Infinity and NaN are left to the schema."""
+    """An object in JSON with comments; `name` stands for the source in errors. inf and nan are left to the schema."""
     try:
         tree = json.loads(STRING_OR_COMMENT.sub(_blank_comment, text), object_pairs_hook=_no_duplicates)
     except json.JSONDecodeError as error:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -24,6 +24,7 @@ from minizero.config.problems import found, legal, nearest, settings, sub_model,
 from minizero.config.schema import Config
 
 Tree = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,7 @@ def from_any(config: Config | Tree | str | Path) -> Config:
 
 
 def _from_tree(tree: Tree, name: str) -> Config:
-    if _is_deepspeed(tree, name):
-        return deepspeed.from_deepspeed(tree)
-    return build(tree)
+    return with_name(name, deepspeed.from_deepspeed if _is_deepspeed(tree, name) else build, tree)
 
 
 def help_text() -> str:
@@ -177,12 +176,17 @@ def _setting_of(key: str) -> str:
 def _minizero_tree(tree: Tree, name: str) -> Tree:
     """A file's tree in minizero's keys, checked, so that an override cannot hide a mistake in the file."""
     if _is_deepspeed(tree, name):
-        return deepspeed.translate(tree)
+        return with_name(name, deepspeed.translate, tree)
+    with_name(name, build, tree)
+    return copy.deepcopy(tree)
+
+
+def with_name(name: str, read: Callable[[Tree], T], tree: Tree) -> T:
+    """`read(tree)`, with the source's name before each line of a ConfigError."""
     try:
-        build(tree)
+        return read(tree)
     except ConfigError as error:
         raise ConfigError("\n".join(f"{name}: {line}" for line in str(error).split("\n"))) from None
-    return copy.deepcopy(tree)
 
 
 def _is_deepspeed(tree: Tree, name: str) -> bool:

@@ -66,6 +66,7 @@ def _describe_one(kind: Any, bounds: str) -> str:
 
 def _bounds(metadata: list[Any]) -> str:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    metadata = [inner for m in metadata for inner in (m.metadata if isinstance(m, FieldInfo) else [m])]
     texts = [f"{sign} {getattr(m, name)}" for m in metadata for name, sign in signs.items() if hasattr(m, name)]
     return f" {' and '.join(texts)}" if texts else ""
 

@@ -1,7 +1,7 @@
 """The parameters of each learning-rate schedule, with DeepSpeed's names and defaults.
 
-They are checked when the settings are read, minutes before the schedule is built. Only the parameters that were given are
-passed on, so the schedules' own defaults stay in one place; the defaults here are for the reader of `--help` and of errors.
+They are checked when the settings are read, minutes before the schedule is built. Only the parameters that were given
+are passed on, so these defaults serve the check, and the schedules' own take effect.
 """
 
 from __future__ import annotations

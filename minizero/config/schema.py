@@ -161,7 +161,7 @@ class ZeroConfig(Section):
     prescale_gradients: bool = False
     """Divide gradients before the reduction instead of after it."""
     gradient_predivide_factor: float = Field(1.0, gt=0)
-    """With `prescale_gradients`: divide by this before the reduction, and by the rest of the data-parallel size after."""
+    """With `prescale_gradients`: divide by this before reducing, by the rest of the data-parallel size after."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """`cpu`: keep fp32 masters and moments in pinned host memory and update them there."""
     offload_param: Literal["none", "cpu"] = "none"
