@@ -149,10 +149,10 @@ def _parse_value(text: str, field: FieldInfo | None) -> Any:
         candidates += [*_as_json(text), text]
     if field is None:
         return candidates[0]
-    kind: TypeAdapter[Any] = TypeAdapter(field.annotation, config={"strict": True})
+    annotation: Any = field.annotation
     for value in candidates:
         try:
-            return kind.validate_python(value)
+            return TypeAdapter(annotation, config={"strict": True}).validate_python(value)
         except ValidationError:
             continue
     return candidates[0]  # wrong: the schema says how, with the key
