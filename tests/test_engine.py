@@ -354,6 +354,28 @@ def test_swapped_collectives_are_named_on_every_rank():
         assert "test_engine.py" in text
 
 
+class Uneven(Toy):
+    """One rank uses a block twice."""
+
+    def run_blocks(self, x):
+        for index in (0, 1, 1, 2) if dist.get_rank() == 0 else (0, 1, 2):
+            x = self.blocks[index](x)
+        return x
+
+
+def train_unevenly(check: bool) -> None:
+    config = settings(3, 2, debug={"collectives": check}, dist={"timeout": 3.0})
+    engine, *_ = minizero.initialize(model=Uneven(), config=config)
+    engine.train_batch(iter([batches(1)[0]]))
+
+
+def test_a_unit_used_more_often_on_one_rank_is_named():
+    with pytest.raises(DistributedError, match=r"all_gather of blocks\.\d in forward"):
+        run_distributed(train_unevenly, 2, True)
+    with pytest.raises(DistributedError, match=r"all_gather of blocks\.\d \(forward, axis dp, #\d+\) failed after"):
+        run_distributed(train_unevenly, 2, False)
+
+
 def different_settings() -> None:
     lr = 1e-3 if dist.get_rank() == 0 else 2e-3
     minizero.initialize(model=make("toy"), config=settings(1, 2, optimizer={"lr": lr}))

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -109,7 +110,7 @@ class Communicator:
             work.requests = [dist.all_gather_into_tensor(flat, shards[self.rank], group=self.group, async_op=True)]
             return work
         host = [shard if not shard.is_cuda else shard.cpu() for shard in shards]
-        tag = self._tag("all_gather")
+        tag = self._tag("all_gather", unit)
         work.requests = [self._receive(host[peer], peer, tag) for peer in self._peers()]
         work.requests += [self._send(host[self.rank], peer, tag) for peer in self._peers()]
         if flat.is_cuda:
@@ -143,7 +144,7 @@ class Communicator:
             sources = [source.cpu() if source.is_cuda else source for source in sources]
         mine = layout.spans[self.rank]
         inbox = {peer: sources[0].new_empty(layout.shard_size) for peer in self._peers()}
-        tag = self._tag("reduce_scatter")
+        tag = self._tag("reduce_scatter", unit)
         for peer in self._peers():
             for span in mine:
                 work.requests.append(self._receive(inbox[peer][span.offset : span.offset + span.numel], peer, tag))
@@ -155,9 +156,11 @@ class Communicator:
             for span in mine:
                 target = out[span.offset : span.offset + span.numel]
                 parts = [
-                    sources[span.index][span.start : span.stop]
-                    if rank == self.rank
-                    else inbox[rank][span.offset : span.offset + span.numel]
+                    (
+                        sources[span.index][span.start : span.stop]
+                        if rank == self.rank
+                        else inbox[rank][span.offset : span.offset + span.numel]
+                    ).to(out.device)
                     for rank in range(self.size)
                 ]
                 add_up(parts, target, accumulate)
@@ -232,11 +235,15 @@ class Communicator:
         assert request is not None
         return request
 
-    def _tag(self, operation: str) -> int:
-        """The tag of the messages of the next `operation`; among themselves they keep their order."""
+    def _tag(self, operation: str, unit: str) -> int:
+        """The tag of the messages of the next `operation`; among themselves they keep their order.
+
+        It holds the unit, so that messages of different units never meet: of different sizes they would abort the
+        process inside gloo. gloo's own tags begin at 2**24.
+        """
         self._calls[operation] += 1
         kind = list(self._calls).index(operation)
-        return kind << 20 | self._calls[operation] % (1 << 20)  # gloo's own tags begin at 2**24
+        return kind << 22 | zlib.crc32(unit.encode()) % (1 << 10) << 12 | self._calls[operation] % (1 << 12)
 
     def _begin(self, operation: str, unit: str, tensor: Tensor, numel: int, dtype: torch.dtype, wire: int) -> Work:
         """Enter one operation over `numel` elements of `dtype` into the ledger; in debug mode compare it first."""

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Count:
+    """Calls, payload bytes and wire bytes of one kind of communication."""
+
     calls: int = 0
     payload: int = 0
     wire: int = 0

@@ -55,6 +55,8 @@ class EngineLog:
             line += f" skipped={engine.skipped_steps}"
         if engine.optimizer.scaler.dynamic:
             line += f" loss_scale={engine.loss_scale:g}"
+        if engine.optimizer.offloaded_bytes:
+            line += f" offloaded_mib={engine.optimizer.offloaded_bytes / 2**20:.1f}"
         if self.config.wall_clock_breakdown:
             line += "".join(f" {p}_ms={1e3 * s / self.config.every:.1f}" for p, s in self.seconds.items())
             self.seconds = dict.fromkeys(PHASES, 0.0)

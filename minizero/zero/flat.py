@@ -122,13 +122,17 @@ class FlatGroup:
             return self.grad
         return self.grad[self.rank * self.layout.shard_size : (self.rank + 1) * self.layout.shard_size]
 
-    def publish_master(self) -> None:
-        """Copy updated masters back into what computes, where they are not the same memory."""
+    def publish_master(self) -> int:
+        """Copy updated masters back into what computes, where they are not the same memory.
+
+        Returns the bytes that crossed between devices.
+        """
         if self.master is None:
-            return
+            return 0
         target = self.shard if self.master.numel() == self.shard.numel() else self.flat
         if target.data_ptr() != self.master.data_ptr():
             target.copy_(self.master, non_blocking=True)
+        return target.nbytes if target.device != self.master.device else 0
 
     # ---- whole and sharded ----
 

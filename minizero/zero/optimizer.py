@@ -91,6 +91,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.scaler = scaler
         self.clip = clip
         self.overflow = False
+        self.offloaded_bytes = 0  # moved between host and device by the last step
         self.skips_in_a_row = 0
         refuse_unfit(inner, allow_untested)
         self._shard_param_groups()
@@ -161,8 +162,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.scaler.update(overflow=not result.applied)
         if result.applied:
             clipped = self.clip / (norm + 1e-6) if self.clip > 0 else 1.0
-            self._update(factor * min(1.0, clipped))
-            self.runtime.refresh()
+            self.offloaded_bytes = self._update(factor * min(1.0, clipped))
+            self.offloaded_bytes += self.runtime.refresh()
         self.runtime.drop_gradients()
         for piece, _, _ in self.slices:
             piece.grad = None
@@ -202,8 +203,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         trainable = [unit.name for unit in self.runtime.units for group in unit.groups if group.trainable]
         return trainable[index]
 
-    def _update(self, factor: float) -> None:
-        """Scale this rank's gradients and let the inner optimizer update its slices."""
+    def _update(self, factor: float) -> int:
+        """Scale this rank's gradients and let the inner optimizer update its slices; bytes moved between devices."""
+        moved = 0
         views = {id(group): group.grad_views() for group in self.runtime.groups if group.grad is not None}
         for group in self.runtime.groups:
             if group.grad is not None and factor != 1.0:
@@ -211,7 +213,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for piece, group, place in self.slices:
             gradient = views[id(group)][place]
             piece.grad = gradient.to(device=piece.device, dtype=piece.dtype)
+            moved += piece.grad.nbytes if piece.device != gradient.device else 0
         self.inner.step()
+        return moved
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop every gradient of the running window."""

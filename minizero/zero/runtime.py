@@ -134,14 +134,14 @@ class ZeroRuntime:
             for unit in self.units:
                 unit.finish_refresh()
 
-    def refresh(self) -> None:
-        """After the optimizer: parameters follow their masters."""
+    def refresh(self) -> int:
+        """After the optimizer: parameters follow their masters. Returns the bytes that crossed between devices."""
         if self.gatherer is not None:
             self.gatherer.unwind()
-        for unit in self.units:
-            unit.refresh()
+        moved = sum(unit.refresh() for unit in self.units)
         for unit in self.units:
             unit.finish_refresh()
+        return moved
 
     def drop_gradients(self) -> None:
         for unit in self.units:

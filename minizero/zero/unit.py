@@ -110,13 +110,18 @@ class Unit:
         else:
             self._point_at_whole()
 
-    def refresh(self) -> None:
-        """After the optimizer: what computes takes over the updated masters (stages 1 and 2 gather them)."""
+    def refresh(self) -> int:
+        """After the optimizer: what computes takes over the updated masters (stages 1 and 2 gather them).
+
+        Returns the bytes that crossed between devices.
+        """
+        moved = 0
         for group in self.groups:
             if group.trainable:
-                group.publish_master()
+                moved += group.publish_master()
                 if self.policy.shards_optimizer and not self.policy.shards_parameters:
                     self._gathers.append(self.comm.all_gather(group.flat, self.name))
+        return moved
 
     def finish_refresh(self) -> None:
         for work in self._gathers:
