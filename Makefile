@@ -43,7 +43,7 @@ soak: .venv/installed-dev
 	$(BIN)/python -m pytest -q -m soak $(ARGS)
 
 bench: .venv/installed-dev
-	$(BIN)/python benchmarks/zero_step.py $(ARGS)
+	$(BIN)/python -m benchmarks.zero_step $(ARGS)
 
 clean:
 	rm -rf .venv
