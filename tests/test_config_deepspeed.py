@@ -169,15 +169,24 @@ def test_the_learning_rate_left_out_is_the_optimizer_s_own():
         ({**BATCH, "optimizer": {"type": "Muon"}}, ["optimizer.type", "whole matrices"]),
         ({**BATCH, "optimizer": {"type": "Adan"}}, ["optimizer.type", "Adan", "Adam"]),
         ({**BATCH, "optimizer": {"params": {"lr": 1}}}, ["optimizer.type", "required"]),
-        ({**BATCH, "optimizer": {"type": "Adam", "params": {"max_grad_norm": 1}}}, ["max_grad_norm", "gradient_clipping"]),
+        (
+            {**BATCH, "optimizer": {"type": "Adam", "params": {"max_grad_norm": 1}}},
+            ["max_grad_norm", "gradient_clipping"],
+        ),
         ({**BATCH, "optimizer": {"type": "Adam", "params": {"beta": 1}}}, ["optimizer.params.beta", "betas"]),
         ({**BATCH, "optimizer": {"type": "Adam", "params": {"lr": "1"}}}, ["optimizer.params.lr: found '1'"]),
         ({**BATCH, "optimizer": {"type": "Adam", "params": {"betas": [0.9]}}}, ["optimizer.params.betas"]),
         ({**BATCH, "optimizer": {"type": "SGD", "params": {"betas": [0.9, 0.9]}}}, ["optimizer.params.betas", "SGD"]),
         ({**BATCH, "scheduler": {"type": "WarmupDecayLR"}}, ["total_num_steps", "required"]),
         ({**BATCH, "scheduler": {"type": "StepLR", "params": {}}}, ["scheduler.type", "StepLR", "WarmupLR"]),
-        ({**BATCH, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 1.5}}}, ["warmup_num_steps", "1.5"]),
-        ({**BATCH, "zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, ["offload_optimizer.device", "NVMe"]),
+        (
+            {**BATCH, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 1.5}}},
+            ["warmup_num_steps", "1.5"],
+        ),
+        (
+            {**BATCH, "zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            ["offload_optimizer.device", "NVMe"],
+        ),
         (
             {**BATCH, "zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
             ["offload_param.device", "zero_optimization.stage", "needs 3"],
@@ -226,7 +235,11 @@ def test_features_that_are_off_are_accepted(extra):
 
 
 def test_what_has_no_effect_is_said():
-    config = {**BATCH, "zero_optimization": {"reduce_bucket_size": 5e8, "contiguous_gradients": True}, "wandb": {"enabled": True}}
+    config = {
+        **BATCH,
+        "zero_optimization": {"reduce_bucket_size": 5e8, "contiguous_gradients": True},
+        "wandb": {"enabled": True},
+    }
     with pytest.warns(UserWarning, match="without effect") as caught:
         from_deepspeed(config)
     text = str(caught[0].message)
@@ -237,7 +250,9 @@ def test_older_spellings():
     assert from_deepspeed({**BATCH, "zero_optimization": True}).zero.stage == 1
     assert from_deepspeed({**BATCH, "zero_optimization": False}).zero.stage == 0
     old = {"stage": 3, "cpu_offload": True, "cpu_offload_param": True, "prefetch_bucket_size": 0}
-    zero = from_deepspeed({**BATCH, "zero_optimization": {**old, "stage3_gather_fp16_weights_on_model_save": True}}).zero
+    zero = from_deepspeed(
+        {**BATCH, "zero_optimization": {**old, "stage3_gather_fp16_weights_on_model_save": True}}
+    ).zero
     assert (zero.offload_optimizer, zero.offload_param, zero.prefetch) == ("cpu", "cpu", False)
     assert zero.gather_16bit_weights_on_model_save
     assert from_deepspeed({**BATCH, "bfloat16": {"enabled": True}}).precision == "bf16"
@@ -298,3 +313,25 @@ def test_the_table_knows_every_key_of_the_installed_deepspeed():
 def test_what_is_accepted_is_json():
     config = from_deepspeed(FULL)
     assert type(config).model_validate_json(json.dumps(config.model_dump())) == config
+
+
+class Asked(dict):
+    """A config that notes which keys it is asked for."""
+
+    keys_asked: set[str] = set()
+
+    def get(self, key, default=None):
+        self.keys_asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key):
+        self.keys_asked.add(key)
+        return super().__contains__(key)
+
+
+def test_the_table_knows_every_key_that_deepspeed_asks_its_config_for():
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    DeepSpeedConfig(Asked(train_batch_size=1))
+    assert {"zero_optimization", "optimizer"} & Asked.keys_asked and len(Asked.keys_asked) > 40
+    assert {ALIASES.get(key, key) for key in Asked.keys_asked} <= set(TABLE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ def build(tree: dict[str, Any]) -> Config:
 
 
 def not_json(node: Any, key: str) -> Iterator[str]:
-    """Lines for what JSON could not hold: nan, infinity, keys that are no text, objects; also in free tables."""
+    """Lines for what JSON could not hold, also in free tables: nan, infinity, half a character, objects."""
     if isinstance(node, dict):
         for name, below in node.items():
             if not isinstance(name, str):
@@ -35,6 +36,8 @@ def not_json(node: Any, key: str) -> Iterator[str]:
     elif isinstance(node, list | tuple):
         for below in node:
             yield from not_json(below, key)
+    elif isinstance(node, str) and re.search("[\ud800-\udfff]", node):
+        yield f"{key}: found {found(node)}; legal: a text without lone surrogates"
     elif isinstance(node, float) and not math.isfinite(node):
         yield f"{key}: found {node}; legal: a finite number"
     elif not (node is None or isinstance(node, str | int | float)) and not hasattr(node, "model_dump"):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -78,6 +79,11 @@ class Key:
     action: Literal["acts", "ignored", "refused"]
     why: str = ""
     off: tuple[Any, ...] = ()
+
+    @cached_property
+    def validator(self) -> TypeAdapter[Any]:
+        """Pydantic's validator of `kind`: strict, and nan and infinity are no numbers."""
+        return TypeAdapter(self.kind, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 @dataclass(frozen=True)
@@ -523,7 +529,7 @@ class Reader:
         if isinstance(value, str) and value == "auto":
             return
         try:
-            value = adapter(rule.kind).validate_python(value)
+            value = rule.validator.validate_python(value)
         except ValidationError:
             self.problems.append(f"{path}: found {found(value)}; legal: {describe(rule.kind)}")
             return
@@ -551,11 +557,6 @@ def dotted_keys(block: dict[str, Key | Block], prefix: str = "") -> Iterator[str
         yield prefix + name
         if isinstance(rule, Block):
             yield from dotted_keys(rule.keys, f"{prefix}{name}.")
-
-
-def adapter(kind: Any) -> TypeAdapter[Any]:
-    """Pydantic's validator of a kind of value: strict, and nan and infinity are no numbers."""
-    return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 # --------------------------------------------------------------------------------------------- translating
@@ -738,7 +739,7 @@ def _is_auto(value: Any) -> bool:
 
 def _fits(kind: Any, value: Any) -> bool:
     try:
-        adapter(kind).validate_python(value)
+        acts(kind).validator.validate_python(value)
     except ValidationError:
         return False
     return True
