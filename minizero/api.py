@@ -28,6 +28,7 @@ from minizero.engine import Engine
 from minizero.optim.build import build_optimizer, optimizer_class
 from minizero.optim.loss_scale import LossScaler
 from minizero.optim.schedules import build_schedule
+from minizero.utils.memory import keep_freed_memory
 from minizero.utils.warnings import warn_once
 from minizero.zero.optimizer import ZeroOptimizer
 from minizero.zero.policy import Policy
@@ -80,6 +81,8 @@ def initialize(
     dims = ParallelDims(dist.get_world_size(), tp=parallel.tp, pp=parallel.pp, cp=parallel.cp)
     mesh = build_mesh(dims, settings.dist.timeout)
     device = local_device()
+    if device.type == "cpu":
+        keep_freed_memory()
     comm = Communicator(mesh, "dp", CommLedger(), check=settings.debug.collectives)
     compare_over_ranks(comm, settings, model, device)
     batch = settings.batch(comm.size)

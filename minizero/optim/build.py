@@ -54,6 +54,8 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[Any]) -> torch
     cls = optimizer_class(config.type)
     arguments = {"lr": config.lr, "weight_decay": config.weight_decay, **config.params}
     legal = set(inspect.signature(cls).parameters) - {"params"}
+    if config.weight_decay == 0.0 and "weight_decay" not in legal:  # Rprop has none
+        del arguments["weight_decay"]
     if unknown := sorted(set(arguments) - legal):
         names = ", ".join(sorted(legal))
         raise ValueError(f"optimizer.params: {cls.__name__} takes no {', '.join(unknown)}; legal: {names}")
