@@ -1,15 +1,19 @@
 """DeepSpeed's JSON: what acts, what has no effect, what is refused; checked against DeepSpeed's own source."""
 
 import base64
+import importlib
+import inspect
 import json
 import sys
 import warnings
 
 import pytest
+import torch
 
 from minizero.config import ConfigError
-from minizero.config.deepspeed import ALIASES, TABLE, Block, Key, dotted_keys, from_deepspeed
+from minizero.config.deepspeed import ALIASES, OPTIMIZERS, TABLE, Block, Key, dotted_keys, from_deepspeed
 from minizero.config.load import from_any, load
+from minizero.optim.build import build_optimizer
 
 BATCH = {"train_micro_batch_size_per_gpu": 2}
 
@@ -139,15 +143,24 @@ def test_adam_is_which_adam(block, type_, weight_decay):
 
 
 def test_the_learning_rate_left_out_is_the_optimizer_s_own():
-    import torch
-
-    from minizero.config.deepspeed import OPTIMIZERS
-
     for name in OPTIMIZERS:
         if name != "Lion":
             cls = getattr(torch.optim, name)
             default = cls([torch.nn.Parameter(torch.zeros(1))]).defaults["lr"]
             assert from_deepspeed({**BATCH, "optimizer": {"type": name}}).optimizer.lr == default, name
+
+
+@pytest.mark.parametrize(
+    ("type_", "module", "classes"),
+    [("Adam", "adam", ("FusedAdam", "DeepSpeedCPUAdam")), ("Lion", "lion", ("FusedLion", "DeepSpeedCPULion"))],
+)
+def test_parameters_left_out_are_those_of_deepspeed_s_own_classes(type_, module, classes):
+    ours = build_optimizer(from_deepspeed({**BATCH, "optimizer": {"type": type_}}).optimizer, [torch.zeros(1)]).defaults
+    for name in classes:
+        cls = getattr(importlib.import_module(f"deepspeed.ops.{module}"), name)
+        theirs = {key: value.default for key, value in inspect.signature(cls).parameters.items()}
+        for key in {"lr", "betas", "eps", "weight_decay"} & set(theirs):
+            assert ours[key] == theirs[key], f"{name}: {key}"
 
 
 @pytest.mark.parametrize(
@@ -209,6 +222,35 @@ def test_what_is_wrong_or_refused_is_named(config, says):
         from_deepspeed(config)
     for text in says:
         assert text in str(error.value)
+
+
+@pytest.mark.parametrize("text", ['{"train_batch_size": 8,}', '\ufeff{"train_batch_size": 8 , // last\n }'])
+def test_json_as_lenient_as_deepspeed_s(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    assert from_deepspeed(path).train.global_batch_size == 8
+
+
+@pytest.mark.parametrize("text", ["{,}", '{"train_batch_size": 8,,}', '{"train_batch_size": ,}', '{"scheduler": [,]}'])
+def test_a_comma_after_nothing_is_still_an_error(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="line 1"):
+        from_deepspeed(path)
+
+
+def test_a_comma_in_a_text_stays(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"train_batch_size": 8, "tensorboard": {"job_name": "a,}"}}')
+    assert from_deepspeed(path).log.tensorboard.job_name == "a,}"
+
+
+def test_a_config_with_every_key_misspelt_is_still_recognized():
+    with pytest.raises(ConfigError, match="did you mean train_batch_size") as error:
+        from_any({"train_batch_sze": 8, "zero_optimizaton": {}, "optimizer": {"type": "Adam", "params": {"lr": 1e-3}}})
+    assert "did you mean zero_optimization?" in str(error.value)
+    with pytest.raises(ConfigError, match="did you mean precision"):
+        from_any({"precison": "bf16"})
 
 
 def test_duplicate_keys_are_an_error(tmp_path):

@@ -683,6 +683,8 @@ def _optimizer(reader: Reader) -> Tree:
         name = "AdamW" if name == "AdamW" or params.get("adam_w_mode", True) else "Adam"
         weight_decay = 0.01 if name == "AdamW" and params.get("torch_adam") else 0.0
     rest = {k: v for k, v in params.items() if k not in ("lr", "weight_decay", *ONLY_DEEPSPEED)}
+    if name == "Lion":
+        rest.setdefault("betas", [0.9, 0.999])  # DeepSpeed's default, not the paper's 0.99 that minizero's Lion has
     found_lr, found_decay = params.get("lr", lr), params.get("weight_decay", weight_decay)
     return {"type": name, "lr": found_lr, "weight_decay": found_decay, "params": rest}
 

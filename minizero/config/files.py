@@ -1,6 +1,7 @@
 """Reads TOML and JSON into plain trees, with errors that say where.
 
-JSON may hold comments (//, # and /* */), since DeepSpeed's config files do. A key given twice is an error.
+JSON may hold comments (//, # and /* */) and a comma before a closing bracket, since DeepSpeed's config files do. A key
+given twice is an error.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from typing import Any
 
 from minizero.config.errors import ConfigError
 
-STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/\*.*?\*/', re.DOTALL)
+STRING = r'"(?:\\.|[^"\\\n])*"'
+STRING_OR_COMMENT = re.compile(STRING + r"|//[^\n]*|#[^\n]*|/\*.*?\*/", re.DOTALL)
+# The middle part keeps commas with nothing before them: those stay errors.
+STRING_OR_LAST_COMMA = re.compile(STRING + r"|[\[{,:]\s*,|,(?=\s*[\]}])")
 
 
 def read_tree(path: Path) -> dict[str, Any]:
     """The settings in a .toml or .json file. Raises ConfigError with the file, and the line where there is one."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a byte-order mark
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"cannot read the config file {path}: {reason}") from None
@@ -37,8 +41,10 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 def parse_json(text: str, name: str) -> dict[str, Any]:
     """An object in JSON with comments; `name` stands for the source in errors. inf and nan are left to the schema."""
+    text = STRING_OR_COMMENT.sub(_blank_comment, text)
+    text = STRING_OR_LAST_COMMA.sub(lambda match: " " if match.group() == "," else match.group(), text)
     try:
-        tree = json.loads(STRING_OR_COMMENT.sub(_blank_comment, text), object_pairs_hook=_no_duplicates)
+        tree = json.loads(text, object_pairs_hook=_no_duplicates)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{name}: malformed JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
     except ConfigError as error:

@@ -20,7 +20,7 @@ from minizero.config import deepspeed
 from minizero.config.build import build
 from minizero.config.errors import ConfigError
 from minizero.config.files import decode_base64, read_tree
-from minizero.config.problems import found, legal, nearest, settings, sub_model, unknown_key
+from minizero.config.problems import closest, found, legal, nearest, settings, sub_model, unknown_key
 from minizero.config.schema import Config
 
 Tree = dict[str, Any]
@@ -198,7 +198,12 @@ def _is_deepspeed(tree: Tree, name: str) -> bool:
         raise ConfigError(
             f"{name}: {foreign[0]} is a key of DeepSpeed and {native[0]} one of minizero; use one language"
         )
-    return bool(foreign)
+    if foreign or native:
+        return bool(foreign)
+    # Nothing decides yet: the known key most like a misspelt one does, so that the error names it.
+    known = own | deepspeed.TOP_LEVEL_KEYS
+    meant = {closest(key, sorted(known)) for key in tree if isinstance(key, str) and key not in known}
+    return bool(meant & (deepspeed.TOP_LEVEL_KEYS - own))
 
 
 def _given(tree: Tree) -> Iterator[str]:

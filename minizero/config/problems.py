@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -73,11 +73,15 @@ def _bounds(metadata: list[Any]) -> str:
 
 def nearest(name: str, known: list[str]) -> str:
     """A sentence that offers the known key most like `name`; else all of them, if few."""
+    like = closest(name, known)
+    return f"did you mean {like}?" if like else f"known: {', '.join(known)}"
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known key most like `name`, whatever its case; None where none is like it."""
     by_lower = {key.lower(): key for key in known}
     close = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {by_lower[close[0]]}?"
-    return f"known: {', '.join(known)}"
+    return by_lower[close[0]] if close else None
 
 
 def unknown_key(path: tuple[str, ...], root: type[BaseModel]) -> str:
