@@ -91,7 +91,7 @@ def initialize(
         warn_once("offload to the CPU on a CPU run: everything is in host memory already, there is nothing to move")
 
     runtime = ZeroRuntime(model, comm, policy, device, settings.train.seed)
-    inner = make_optimizer(optimizer, model, model_parameters, settings)
+    inner = make_optimizer(optimizer, model, current(model_parameters, runtime), settings)
     scaler = LossScaler(settings.loss_scale, enabled=settings.precision == "fp16")
     sharded = ZeroOptimizer(
         inner,
@@ -177,6 +177,20 @@ def make_optimizer(optimizer: Any, model: nn.Module, model_parameters: Any, sett
         return optimizer(parameters)
     optimizer_class(settings.optimizer.type)
     return build_optimizer(settings.optimizer, parameters)
+
+
+def current(model_parameters: Any, runtime: ZeroRuntime) -> list[Any] | None:
+    """`model_parameters` (tensors or param groups) with those of the meta device replaced by the model's own."""
+    if model_parameters is None:
+        return None
+
+    def replace(item: Any) -> Any:
+        if isinstance(item, dict):
+            members = [item["params"]] if isinstance(item["params"], nn.Parameter) else item["params"]
+            return {**item, "params": [replace(p) for p in members]}
+        return runtime.replaced.get(item, item)
+
+    return [replace(item) for item in model_parameters]
 
 
 def make_schedule(lr_scheduler: Any, optimizer: ZeroOptimizer, settings: Config) -> Any:

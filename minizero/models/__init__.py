@@ -16,7 +16,7 @@ MODELS: dict[str, Callable[[ModelConfig, int, int], nn.Module]] = {"llama": Llam
 def build(config: ModelConfig, vocab_size: int, max_sequence_length: int) -> nn.Module:
     """The configured model, with freshly initialized weights, or without memory under `torch.device("meta")`.
 
-    Its forward takes `input_ids_BS` (int64) and returns `logits_BSV`. Given `labels_BS` too (the token after each
+    Its forward takes `input_ids` (int64) and returns `logits_BSV`. Given `labels` too (the token after each
     input, or -100 where there is none to predict), it returns `(loss_sum, token_count)`.
 
     Raises ValueError for settings that the family does not have.

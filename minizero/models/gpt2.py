@@ -39,9 +39,9 @@ class GPT2(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
-    def forward(self, input_ids_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        logits_BSV = self.lm_head(self.transformer(input_ids_BS))
-        return logits_BSV if labels_BS is None else summed_cross_entropy(logits_BSV, labels_BS)
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        logits_BSV = self.lm_head(self.transformer(input_ids))
+        return logits_BSV if labels is None else summed_cross_entropy(logits_BSV, labels)
 
 
 class Transformer(nn.Module):
@@ -55,12 +55,12 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, input_ids_BS: Tensor) -> Tensor:
-        length, longest = input_ids_BS.shape[1], self.wpe.num_embeddings
+    def forward(self, input_ids: Tensor) -> Tensor:
+        length, longest = input_ids.shape[1], self.wpe.num_embeddings
         if length > longest:
             raise ValueError(f"the input has {length} tokens, but this gpt2 has positions for {longest}")
-        positions_S = torch.arange(length, device=input_ids_BS.device)
-        x_BSH = self.drop(self.wte(input_ids_BS) + self.wpe(positions_S))
+        positions_S = torch.arange(length, device=input_ids.device)
+        x_BSH = self.drop(self.wte(input_ids) + self.wpe(positions_S))
         for block in self.h:
             x_BSH = block(x_BSH)
         return self.ln_f(x_BSH)

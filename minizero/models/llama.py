@@ -47,9 +47,9 @@ class Llama(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        logits_BSV = self.lm_head(self.model(input_ids_BS))
-        return logits_BSV if labels_BS is None else summed_cross_entropy(logits_BSV, labels_BS)
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        logits_BSV = self.lm_head(self.model(input_ids))
+        return logits_BSV if labels is None else summed_cross_entropy(logits_BSV, labels)
 
 
 class Decoder(nn.Module):
@@ -63,9 +63,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, input_ids_BS: Tensor) -> Tensor:
-        x_BSH = self.embed_tokens(input_ids_BS)
-        rope = rope_table(input_ids_BS.shape[1], self.head_dim, self.rope_theta, x_BSH)
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x_BSH = self.embed_tokens(input_ids)
+        rope = rope_table(input_ids.shape[1], self.head_dim, self.rope_theta, x_BSH)
         for layer in self.layers:
             x_BSH = layer(x_BSH, rope)
         return self.norm(x_BSH)

@@ -23,9 +23,9 @@ def module_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def move_off_meta(model: nn.Module, device: torch.device) -> set[nn.Parameter]:
+def move_off_meta(model: nn.Module, device: torch.device) -> dict[nn.Parameter, nn.Parameter]:
     """Replace meta parameters by memoryless ones on `device`, ties kept; other tensors move there. Returns the
-    replaced.
+    replacements by what they replace.
 
     Until they are initialized, those parameters read as NaN.
     """
@@ -42,7 +42,7 @@ def move_off_meta(model: nn.Module, device: torch.device) -> set[nn.Parameter]:
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             if not buffer.is_meta and buffer.device != device:
                 module._buffers[name] = buffer.to(device)
-    return set(replaced.values())
+    return replaced
 
 
 def initial_values(

@@ -110,9 +110,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 of_parameter[group.parameters[span.index]].append(piece)
         covered: set[nn.Parameter] = set()
         for param_group in self.inner.param_groups:
+            param_group["params"] = [self.runtime.replaced.get(p, p) for p in param_group["params"]]
             if any(p not in of_parameter for p in param_group["params"]):
                 raise ValueError(
-                    "the optimizer holds a parameter that is not part of the model (was it built on meta?)"
+                    "the optimizer holds a parameter that is not part of the model"
                 )
             covered |= set(param_group["params"])
             self._move_initial_state(param_group, of_parameter)

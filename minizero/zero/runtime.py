@@ -53,9 +53,9 @@ class ZeroRuntime:
         self.comm = comm
         self.policy = policy
         self.device = device
-        uninitialized = move_off_meta(model, device)
+        self.replaced = move_off_meta(model, device)  # optimizers may still hold the parameters of the meta device
         self.units = [Unit(spec, comm, device, policy) for spec in find_units(model)]
-        self._load(uninitialized, seed)
+        self._load(set(self.replaced.values()), seed)
         self.gatherer: ParameterGatherer | None = None
         self.reducer = GradientReducer(self.units, policy, self._unit_done, self._before_reduce)
         if policy.shards_parameters and comm.size > 1:
