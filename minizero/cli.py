@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import torch
 from torch.distributed import run as torchrun
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 def train_verb(config: str, nproc: str | None, overrides: list[str]) -> int:
     """Print the torchrun line, or with `nproc` run it; returns the exit code."""
     processes = default_processes() if nproc in (None, "auto") else _positive(nproc)
-    if torch.cuda.is_available() and not any(o.split("=")[0] == "--precision" for o in overrides):
+    if multiplies_bf16_fast() and not any(o.split("=")[0] == "--precision" for o in overrides):
         overrides = ["--precision", "bf16", *overrides]
     arguments = ["--standalone", "--nproc-per-node", str(processes), "-m", "minizero.train", config, *overrides]
     print(shlex.join(["torchrun", *arguments]), flush=True)
@@ -53,6 +54,13 @@ def train_verb(config: str, nproc: str | None, overrides: list[str]) -> int:
 def default_processes() -> int:
     """One process per visible GPU, or two on CPUs."""
     return torch.cuda.device_count() or 2
+
+
+def multiplies_bf16_fast() -> bool:
+    """Whether this machine has instructions for bf16 products: any GPU, and CPUs with AVX512-BF16 or AMX."""
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text() if cpu.exists() else ""
+    return torch.cuda.is_available() or "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def launch(arguments: list[str], processes: int) -> int:

@@ -78,7 +78,9 @@ def run(resolved: Resolved) -> None:
     checkpoints = checkpoint_folder(config)
     if finished := finished_steps(folder, config):
         if os.environ.get("RANK", "0") == "0":
-            print(f"{folder} is finished ({finished} steps). Train anew with --run.dir OTHER, or on with more --train.steps")
+            print(
+                f"{folder} is finished ({finished} steps). Train anew with --run.dir OTHER, or on with more --train.steps"
+            )
         return
     data = prepare_together(config)
     minizero.init_distributed(config.dist.backend, config.dist.timeout)

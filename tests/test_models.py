@@ -154,7 +154,7 @@ def test_materialized_from_meta_module_by_module(name: str, tied: bool) -> None:
         model = build(settings(name, tied), VOCAB, LENGTH)
     assert all(p.is_meta for p in model.parameters())
     new = move_off_meta(model, torch.device("cpu"))
-    values = dict(initial_values(model, new, torch.device("cpu"), seed=5))
+    values = dict(initial_values(model, set(new.values()), torch.device("cpu"), seed=5))
     for parameter in model.parameters():
         parameter.data = values[parameter].clone()
     logits_BSV = model(torch.randint(VOCAB, (BATCH, LENGTH)))
@@ -163,17 +163,24 @@ def test_materialized_from_meta_module_by_module(name: str, tied: bool) -> None:
     assert torch.equal(again(torch.zeros(1, 3, dtype=torch.long)), model(torch.zeros(1, 3, dtype=torch.long)))
 
 
-@pytest.mark.parametrize(
-    ("name", "residual"),
-    [("llama", ("o_proj.weight", "down_proj.weight")), ("gpt2", ("attn.c_proj.weight", "mlp.c_proj.weight"))],
-)
-def test_projections_into_the_residual_stream_start_smaller(name: str, residual: tuple[str, ...]) -> None:
-    config = ModelConfig(family=name, hidden_size=192, num_layers=8, num_heads=4)
+def test_gpt2_starts_as_its_paper_says() -> None:
+    config = ModelConfig(family="gpt2", hidden_size=192, num_layers=8, num_heads=4)
     for key, parameter in build(config, 400, LENGTH).named_parameters():
-        if key.endswith(residual):
+        if key.endswith("c_proj.weight"):
             assert parameter.std().item() == pytest.approx(0.02 / 4, rel=0.05), key
         elif parameter.dim() == 2:
             assert parameter.std().item() == pytest.approx(0.02, rel=0.05), key
+        else:
+            assert parameter.unique().numel() == 1, key
+
+
+def test_llama_blocks_start_as_the_identity() -> None:
+    config = ModelConfig(family="llama", hidden_size=192, num_layers=8, num_heads=4)
+    for key, parameter in build(config, 400, LENGTH).named_parameters():
+        if key.endswith(("o_proj.weight", "down_proj.weight")):
+            assert not parameter.any(), key
+        elif parameter.dim() == 2:
+            assert parameter.std().item() == pytest.approx(192**-0.5, rel=0.05), key
         else:
             assert parameter.unique().numel() == 1, key
 
@@ -187,6 +194,7 @@ def test_each_block_is_a_zero_unit(name: str) -> None:
 
 def test_trains_after_inference_mode() -> None:
     model = build(settings("llama", tied=True), VOCAB, LENGTH)
+    randomize(model)
     input_ids_BS = torch.randint(VOCAB, (BATCH, LENGTH))
     with torch.inference_mode():
         model(input_ids_BS)

@@ -35,7 +35,7 @@ class GPT2(nn.Module):
         if config.num_kv_heads not in (None, config.num_heads):
             raise ValueError(f"model.num_kv_heads = {config.num_kv_heads}: a gpt2 has as many as num_heads")
         self.transformer = Transformer(config, vocab_size, max_sequence_length)
-        self.lm_head = Linear(config.hidden_size, vocab_size)
+        self.lm_head = Linear(config.hidden_size, vocab_size, std=INIT_STD)
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 

@@ -25,10 +25,13 @@ def residual_std(num_layers: int) -> float:
 
 
 class Linear(nn.Linear):
-    """A linear layer whose weights start normal with a given standard deviation, and its bias at zero."""
+    """A linear layer whose weights start normal, and its bias at zero.
 
-    def __init__(self, in_features: int, out_features: int, std: float = INIT_STD, bias: bool = False) -> None:
-        self.std = std  # before super().__init__(), which calls reset_parameters()
+    `std` of None is in_features^-1/2, which keeps the variance of what passes through.
+    """
+
+    def __init__(self, in_features: int, out_features: int, std: float | None = None, bias: bool = False) -> None:
+        self.std = in_features**-0.5 if std is None else std  # super().__init__() calls reset_parameters()
         super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self) -> None:
@@ -38,10 +41,14 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """A lookup table whose rows start normal with standard deviation 0.02."""
+    """A lookup table whose rows start normal with a given standard deviation."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, std: float = INIT_STD) -> None:
+        self.std = std
+        super().__init__(num_embeddings, embedding_dim)
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=INIT_STD)
+        nn.init.normal_(self.weight, std=self.std)
 
 
 class RMSNorm(nn.Module):

@@ -17,7 +17,6 @@ from minizero.models.layers import (
     Linear,
     RMSNorm,
     causal_attention,
-    residual_std,
     split_heads,
     summed_cross_entropy,
 )
@@ -59,7 +58,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.head_dim = config.hidden_size // config.num_heads
         self.rope_theta = config.rope_theta
-        self.embed_tokens = Embedding(vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(vocab_size, config.hidden_size, std=config.hidden_size**-0.5)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
@@ -97,7 +96,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(hidden, hidden)
         self.k_proj = Linear(hidden, kv_size)
         self.v_proj = Linear(hidden, kv_size)
-        self.o_proj = Linear(hidden, hidden, std=residual_std(config.num_layers))
+        self.o_proj = Linear(hidden, hidden, std=0.0)  # a block begins as the identity
 
     def forward(self, x_BSH: Tensor, rope: Rope) -> Tensor:
         q_BNSD = apply_rope(split_heads(self.q_proj(x_BSH), self.head_dim), rope)
@@ -114,7 +113,7 @@ class MLP(nn.Module):
         width = config.intermediate_size or default_mlp_width(config.hidden_size)
         self.gate_proj = Linear(config.hidden_size, width)
         self.up_proj = Linear(config.hidden_size, width)
-        self.down_proj = Linear(width, config.hidden_size, std=residual_std(config.num_layers))
+        self.down_proj = Linear(width, config.hidden_size, std=0.0)  # a block begins as the identity
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_BSH)) * self.up_proj(x_BSH))
