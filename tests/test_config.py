@@ -106,6 +106,7 @@ def test_overrides_are_read_as_their_setting_s_type(override, key, value):
         ("precison = 'bf16'\n", ["precison", "did you mean precision"]),
         ("stage = 1\n", ["stage: no such setting", "zero.stage"]),
         ("[zero]\nstage = 4\n", ["zero.stage", "4", "0, 1, 2, 3"]),
+        ("[zero]\nstage = 2\noffload_param = 'cpu'\n", ["zero: offload_param", "needs stage 3", "found stage 2"]),
         ("zero = 3\n", ["zero: a section", "3"]),
         ("[train]\nsteps = '5'\nglobal_batch_size = 0\n", ["train.steps: found '5'", "integer >= 1", "size: found 0"]),
         ("[train]\nsteps = true\n", ["train.steps: found true"]),

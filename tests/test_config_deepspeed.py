@@ -205,6 +205,10 @@ def test_parameters_left_out_are_those_of_deepspeed_s_own_classes(type_, module,
             ["offload_param.device", "zero_optimization.stage", "needs 3"],
         ),
         (
+            {**BATCH, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            ["offload_optimizer.device", "stage 0 found", "needs 1 or 2 or 3"],
+        ),
+        (
             {**BATCH, "zero_optimization": {"stage": 2, "cpu_offload": True, "offload_optimizer": {"device": "cpu"}}},
             ["cpu_offload", "offload_optimizer.device"],
         ),

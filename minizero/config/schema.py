@@ -178,6 +178,12 @@ class ZeroConfig(Section):
             raise ValueError(f"stage {stage} does not exist; legal: 0, 1, 2, 3")
         return stage
 
+    @model_validator(mode="after")
+    def _only_shards_offload(self) -> ZeroConfig:
+        if self.offload_param != "none" and self.stage != 3:
+            raise ValueError(f"offload_param = {self.offload_param!r} needs stage 3, found stage {self.stage}")
+        return self
+
 
 class ParallelConfig(Section):
     tp: int = Field(1, ge=1)
