@@ -68,6 +68,7 @@ def fail(message: str, code: int) -> int:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends a run as Ctrl-C does."""
     raise KeyboardInterrupt
 
 
@@ -78,9 +79,8 @@ def run(resolved: Resolved) -> None:
     checkpoints = checkpoint_folder(config)
     if finished := finished_steps(folder, config):
         if os.environ.get("RANK", "0") == "0":
-            print(
-                f"{folder} is finished ({finished} steps). Train anew with --run.dir OTHER, or on with more --train.steps"
-            )
+            print(f"{folder} is finished ({finished} steps). To train anew, pass --run.dir OTHER; to train on, more")
+            print("--train.steps and --checkpoint.resume latest.")
         return
     data = prepare_together(config)
     minizero.init_distributed(config.dist.backend, config.dist.timeout)
@@ -126,7 +126,7 @@ def checkpoint_folder(config: Config) -> Path | None:
 
 def flat(tree: dict, prefix: str = "") -> dict:
     """Nested settings as {dotted key: value}."""
-    found = {}
+    found: dict = {}
     for key, value in tree.items():
         found.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return found
