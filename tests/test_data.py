@@ -86,6 +86,7 @@ def test_held_out_depends_on_the_name_alone() -> None:
 
 
 @given(st.sets(st.text(max_size=5), min_size=2, max_size=10), st.floats(0.001, 0.499))
+@settings(deadline=None)
 def test_both_splits_always_have_a_document(names: set[str], fraction: float) -> None:
     assert 1 <= len(held_out(list(names), fraction)) < len(names)
 
@@ -144,7 +145,7 @@ TOKENIZER = Tokenizer.train(TEXTS.values(), 300)
 
 
 @given(st.text() | st.text(alphabet="<|endoftext|> \n\t\r\x00é\U0001f600"))
-@settings(max_examples=200)
+@settings(deadline=None, max_examples=200)
 def test_round_trip_is_lossless(text: str) -> None:
     ids = TOKENIZER.encode(text)
     assert TOKENIZER.decode(ids) == text
@@ -185,7 +186,7 @@ def test_broken_tokenizer_is_named(tmp_path: Path, content: str | None) -> None:
     st.sampled_from([1, 3, 7, 1000]),
     st.data(),
 )
-@settings(max_examples=60)
+@settings(deadline=None, max_examples=60)
 def test_stream_reads_back_across_files(
     tmp_path_factory: pytest.TempPathFactory, ids: list[list[int]], tokens_per_file: int, data: st.DataObject
 ) -> None:

@@ -31,11 +31,13 @@ def stream_of(folder: Path, num_tokens: int) -> TokenStream:
 
 
 @given(st.integers(1, 300), SEEDS, st.integers(0, 5))
+@settings(deadline=None)
 def test_permute_is_a_permutation(size: int, seed: int, epoch: int) -> None:
     assert sorted(permute(np.arange(size), size, seed, epoch)) == list(range(size))
 
 
 @given(st.integers(1, 60), st.integers(1, 40), SEEDS)
+@settings(deadline=None)
 def test_no_sample_twice_or_lost(num_samples: int, batch: int, seed: int) -> None:
     """Batches laid end to end are whole epochs, each a permutation."""
     steps = math.ceil(3 * num_samples / batch)
@@ -45,6 +47,7 @@ def test_no_sample_twice_or_lost(num_samples: int, batch: int, seed: int) -> Non
 
 
 @given(st.integers(1, 60), st.integers(1, 6), SEEDS, st.integers(0, 30), st.integers(0, 2))
+@settings(deadline=None)
 def test_global_order_does_not_depend_on_the_number_of_ranks(
     num_samples: int, unit: int, seed: int, step: int, epoch: int
 ) -> None:
@@ -58,6 +61,7 @@ def test_global_order_does_not_depend_on_the_number_of_ranks(
 
 
 @given(st.integers(1, 40), st.integers(1, 10), SEEDS)
+@settings(deadline=None)
 def test_an_epoch_starts_where_the_one_before_ends(num_samples: int, batch: int, seed: int) -> None:
     steps = -(-2 * num_samples // batch)
     flat = np.concatenate([sample_indices(seed, 0, step, 0, 1, num_samples, batch) for step in range(steps)])
@@ -124,7 +128,7 @@ def test_an_epoch_of_batches_is_every_sample(tmp_path: Path) -> None:
 
 
 @given(SEEDS, st.sampled_from([1, 2, 3, 6]), st.sampled_from([1, 2]), st.integers(0, 9))
-@settings(max_examples=30)
+@settings(deadline=None, max_examples=30)
 def test_ranks_and_resumption_follow_the_global_order(
     tmp_path_factory: pytest.TempPathFactory, seed: int, dp_size: int, micro: int, start: int
 ) -> None:
@@ -151,7 +155,7 @@ def test_impossible_loaders_are_refused(tmp_path: Path) -> None:
 
 
 @given(st.integers(2, 90), st.integers(1, 12), st.integers(1, 4), st.sampled_from([1, 2, 3]), st.data())
-@settings(max_examples=80)
+@settings(deadline=None, max_examples=80)
 def test_evaluation_covers_every_token_once(
     tmp_path_factory: pytest.TempPathFactory,
     num_tokens: int,
