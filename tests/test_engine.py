@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -70,6 +71,35 @@ def test_a_deepspeed_script_runs_with_its_import_changed(stage):
     assert seen["sizes"] == [16, 4, 2, stage]
     assert seen["lr"] == pytest.approx([0.0, 0.00075, 0.0015])  # the trap: iterations -1 and 0 both have the minimum
     assert len(set(seen["norm"])) == 3
+
+
+NOTES_EXAMPLE = """
+// deepspeed_config.json
+{
+  "train_batch_size": 32,
+  "zero_optimization": {
+    "stage": 3,
+    "offload_optimizer": {"device": "cpu"}
+  },
+  "activation_checkpointing": {
+    "partition_activations": true
+  }
+}
+"""
+
+
+def train_the_example(path: str) -> list[float]:
+    engine, *_ = minizero.initialize(model=make("toy"), config=path)
+    assert (engine.train_batch_size(), engine.zero_optimization_stage()) == (32, 3)
+    tokens, labels = batches(1)[0]
+    return [float(engine.train_batch(iter([(tokens, labels)]))) for _ in range(5)]
+
+
+def test_a_deepspeed_json_with_a_comment_trains(tmp_path):
+    path = tmp_path / "deepspeed_config.json"
+    path.write_text(NOTES_EXAMPLE)
+    losses = run_distributed(train_the_example, 2, str(path))[0]
+    assert losses[-1] < losses[0]
 
 
 # ---- accumulation ----
@@ -404,6 +434,20 @@ def test_bad_input_is_one_clear_error_on_every_rank(function, message):
         run_distributed(function, 2, timeout=20)
     assert len(caught.value.failures) == 2
     assert all(re.search(message, text) for text in caught.value.failures.values())
+
+
+def die() -> None:
+    engine, *_ = minizero.initialize(model=make("toy"), config=settings(2, 2))
+    for step, (tokens, labels) in enumerate(batches(3)):
+        if step == 1 and dist.get_rank() == 1:
+            os._exit(7)
+        engine.train_batch(iter([(tokens, labels)]))
+
+
+def test_a_dead_rank_is_an_error_on_the_others_within_seconds():
+    with pytest.raises(DistributedError, match=r"rank 0: .* failed after 0\.\d s: a peer died") as caught:
+        run_distributed(die, 2, timeout=20)
+    assert "CollectiveError" in caught.value.failures[0]
 
 
 def stall() -> None:

@@ -1,0 +1,131 @@
+"""The main job through the real launcher, on a tiny corpus: end to end, resumed, interrupted, misused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = """
+[model]
+hidden_size = 24
+num_layers = 2
+num_heads = 3
+[data]
+vocab_size = 300
+validation_fraction = 0.3
+[train]
+steps = 6
+sequence_length = 15
+global_batch_size = 4
+micro_batch_size = 1
+[scheduler]
+type = "WarmupLR"
+params = { warmup_num_steps = 3, warmup_type = "linear" }
+[zero]
+stage = 3
+[checkpoint]
+every = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a small corpus and a config."""
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "corpus").mkdir()
+    for number in range(12):
+        lines = [f"import module_{number * line % 7}\nvalue_{line} = {number} + {line}\n" for line in range(40)]
+        (folder / "corpus" / f"file{number}.py").write_text("".join(lines))
+    (folder / "tiny.toml").write_text(TINY)
+    return folder
+
+
+def command(place: Path, world: int, *more: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    shared = ["--data.source", str(place / "corpus"), "--data.dir", str(place / "data")]
+    return [*launcher, "-m", "minizero.train", str(place / "tiny.toml"), *shared, *more]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def launch(place: Path, world: int, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(place, world, *more), capture_output=True, text=True, timeout=120, cwd=place, env=ENVIRONMENT
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_end_to_end_then_again_then_elsewhere(place):
+    done = launch(place, 2, "--run.dir", "whole")
+    assert done.returncode == 0, done.stderr
+    assert "bits per byte" in done.stdout and "gzip -9" in done.stdout and "xz -9" in done.stdout
+    folder = place / "whole"
+    assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    wanted = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "comm_bytes", "memory_bytes"}
+    assert wanted <= record.keys() and record["step"] == 6 and record["tokens"] == 4 * 15
+    saved = json.loads((folder / "config.json").read_text())
+    assert "command line" in json.dumps(saved) and "tiny.toml" in json.dumps(saved)
+    again = launch(place, 2, "--run.dir", "whole")
+    assert again.returncode == 0 and "is finished (6 steps)" in again.stdout
+
+    one = launch(place, 1, "--run.dir", "one", "--zero.stage", "0")
+    assert one.returncode == 0, one.stderr
+    assert losses(place / "one") == pytest.approx(losses(folder), rel=1e-5)
+
+
+def test_a_changed_config_and_an_interrupted_run(place):
+    first = launch(place, 2, "--run.dir", "parted", "--train.steps", "2")
+    assert first.returncode == 0, first.stderr
+    changed = launch(place, 2, "--run.dir", "parted", "--optimizer.lr", "0.01")
+    assert changed.returncode != 0
+    assert "optimizer.lr was 0.001, is 0.01" in changed.stderr and "--run.dir OTHER" in changed.stderr
+
+    process = subprocess.Popen(
+        command(place, 2, "--run.dir", "killed", "--train.steps", "400"),
+        cwd=place,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (place / "killed" / "checkpoints" / "latest").is_file():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "the same command continues" in text
+    resumed = launch(place, 2, "--run.dir", "killed", "--train.steps", "400", "--train.time_limit", "1")
+    assert resumed.returncode == 0, resumed.stderr
+    steps = [json.loads(line)["step"] for line in (place / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))  # none lost, none twice
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    (
+        (("--zero.stagge", "2"), "zero.stagge"),
+        (("--zero.stage", "4"), "stage 4"),
+        (("--train.global_batch_size", "5"), "5"),
+        (("--data.source", "/nowhere/at/all"), "/nowhere/at/all"),
+    ),
+)
+def test_bad_input_is_one_clear_message(place, more, message):
+    failed = launch(place, 2, "--run.dir", "bad", *more)
+    assert failed.returncode != 0
+    ours = [line for line in failed.stderr.splitlines() if line.startswith("minizero: ")]
+    assert len(ours) == 1 and message in failed.stderr
+    assert not (place / "bad").exists()
