@@ -112,9 +112,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for param_group in self.inner.param_groups:
             param_group["params"] = [self.runtime.replaced.get(p, p) for p in param_group["params"]]
             if any(p not in of_parameter for p in param_group["params"]):
-                raise ValueError(
-                    "the optimizer holds a parameter that is not part of the model"
-                )
+                raise ValueError("the optimizer holds a parameter that is not part of the model")
             covered |= set(param_group["params"])
             self._move_initial_state(param_group, of_parameter)
             param_group["params"] = [piece for p in param_group["params"] for piece in of_parameter[p]]
