@@ -38,7 +38,7 @@ from minizero.observe.progress import Progress
 from minizero.observe.summary import RunSummary, compressed_bits_per_byte, print_summary
 
 PROMPT, SAMPLE_TOKENS, TEMPERATURE = "import ", 80, 0.7
-MAY_CHANGE = ("run.", "checkpoint.", "log.", "debug.", "dist.")  # settings that a resumed run may change
+MAY_CHANGE = ("run.", "checkpoint.", "log.", "debug.", "dist.", "train.time_limit", "train.eval_every")
 EXPECTED = (ValueError, CheckpointError, minizero.CollectiveError, FloatingPointError)
 
 
