@@ -55,6 +55,7 @@ class Work:
     started: float = field(default_factory=time.perf_counter)
 
     def wait(self) -> None:
+        """Block until the result may be read."""
         try:
             for request in self.requests:
                 request.wait()

@@ -27,6 +27,7 @@ class Lion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update; the closure is not used."""
         for group in self.param_groups:
             first, second = group["betas"]
             for parameter in group["params"]:

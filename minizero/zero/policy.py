@@ -42,6 +42,7 @@ class Policy:
 
     @classmethod
     def from_config(cls, config: Config, device: torch.device) -> Policy:
+        """What the settings mean on this device."""
         zero = config.zero
         local = zero.accumulation == "local" or (zero.accumulation == "auto" and zero.stage < 2)
         on_gpu = device.type == "cuda"
