@@ -13,10 +13,10 @@ import os
 import platform
 import random
 import resource
+import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,11 +41,12 @@ class Contender:
     peak_bytes: int = 0
 
     def start(self) -> None:
-        folder = tempfile.mkdtemp()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
         context = mp.get_context("spawn")
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(self.build, rank, self.world, folder, theirs), daemon=True)
+            process = context.Process(target=serve, args=(self.build, rank, self.world, port, theirs), daemon=True)
             process.start()
             self.processes.append(process)
             self.pipes.append(ours)
@@ -68,11 +69,11 @@ class Contender:
             process.kill()
 
 
-def serve(build: Build, rank: int, world: int, folder: str, pipe: Connection) -> None:
+def serve(build: Build, rank: int, world: int, port: int, pipe: Connection) -> None:
     """One process of a contender: build, then run steps until told to stop."""
     os.environ |= {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
-    os.environ["MASTER_PORT"] = str(20000 + int.from_bytes(os.path.basename(folder).encode()[-2:], "big") % 30000)
+    os.environ["MASTER_PORT"] = str(port)
     sys.stdout = open(os.devnull, "w")  # peers print as they like; our table goes through the pipe
     step = build(rank, world)
     imported = resident_bytes()

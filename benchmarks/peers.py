@@ -19,6 +19,7 @@ from benchmarks.workload import batches, build_model, loss_of
 
 LR = 1e-4
 CLIP = 1.0
+ADAMW: dict[str, Any] = {"type": "AdamW", "params": {"lr": LR, "weight_decay": 0.01}}
 
 
 def start(rank: int, world: int) -> None:
@@ -87,37 +88,37 @@ def build_deepspeed(rank: int, world: int, *, stage: int) -> Callable[[], None]:
     torch.manual_seed(0)
     deepspeed.init_distributed("gloo", verbose=False)
     mark_imported()
-    return finish(partial(engine_step, initialized(deepspeed, stage)), rank)
+    model = build_model()
+    # DeepSpeed's own fused CPU Adam needs a compiler at run time; torch's does the same update.
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW["params"], fused=True)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json(stage))
+    return finish(partial(engine_step, engine), rank)
 
 
-def build_minizero(rank: int, world: int, *, stage: int, **zero: Any) -> Callable[[], None]:
+def build_minizero(rank: int, world: int, *, stage: int, transport: str = "auto") -> Callable[[], None]:
     import minizero
+    from minizero.config.load import from_any
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     minizero.init_distributed("gloo")
     mark_imported()
-    return finish(partial(engine_step, initialized(minizero, stage)), rank)
+    config = from_any(deepspeed_json(stage) | {"optimizer": ADAMW})
+    config.dist.transport = transport
+    engine, *_ = minizero.initialize(model=build_model(), config=config)
+    return finish(partial(engine_step, engine), rank)
 
 
-def initialized(library: Any, stage: int) -> Any:
+def deepspeed_json(stage: int) -> dict[str, Any]:
     """The same DeepSpeed JSON for both engines."""
-    config = {
+    return {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 1,
-        "optimizer": {"type": "AdamW", "params": {"lr": LR, "weight_decay": 0.01}},
         "zero_optimization": {"stage": stage},
         "gradient_clipping": CLIP,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1000000,
     }
-    model = build_model()
-    optimizer = None
-    if library.__name__ == "deepspeed":  # its fused CPU Adam needs a compiler at run time; torch's does the same update
-        config.pop("optimizer")
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, fused=True)
-    engine, *_ = library.initialize(model=model, optimizer=optimizer, config=config)
-    return engine
 
 
 def engine_step(engine: Any, inputs: Tensor, labels: Tensor) -> None:

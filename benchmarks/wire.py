@@ -3,8 +3,8 @@
     python -m benchmarks.wire            # as root: it makes a network namespace of its own
 
 Inside a fresh network namespace only our two ranks talk, so its interface counters are the wire. The same namespace can
-be throttled (`tc tbf`), which shows what loopback hides: communication behind computation. Writes
-`benchmarks/results/wire.json`.
+be throttled (`tc tbf`), which shows what loopback hides: communication behind computation. Slices travel as messages
+here, since neighbours that read each other's memory put nothing on a wire. Writes `benchmarks/results/wire.json`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def build(rank: int, world: int, *, stage: int, overlap: bool, prefetch: bool, t
         train={"micro_batch_size": workload.BATCH},
         zero={"stage": stage, "overlap": overlap, "prefetch": prefetch},
         optimizer={"lr": 1e-4},
+        dist={"transport": "messages"},
     )
     engine, *_ = minizero.initialize(model=workload.build_model(), config=config)
     stream = workload.batches(rank)

@@ -2,7 +2,9 @@
 
     python -m benchmarks.zero_step [--rounds 15] [--steps 3] [--only minizero-1,deepspeed-1]
 
-Two ranks with one thread each, gloo over loopback. Writes `benchmarks/results/zero_step.json`.
+Two ranks with one thread each on one host, gloo. By default minizero's slices are then read from the neighbour's
+memory; the `-tcp` rows send them as messages over loopback, as everything of the peers is sent. Writes
+`benchmarks/results/zero_step.json`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ CONTENDERS = {
     "fsdp2-reshard": partial(peers.build_fsdp2, reshard=True),
     **{f"deepspeed-{stage}": partial(peers.build_deepspeed, stage=stage) for stage in range(4)},
     **{f"minizero-{stage}": partial(peers.build_minizero, stage=stage) for stage in range(4)},
+    **{f"minizero-{stage}-tcp": partial(peers.build_minizero, stage=stage, transport="messages") for stage in range(4)},
 }
 BARS = [  # (ours, peer, largest ratio of step times)
     ("minizero-0", "ddp", 0.95),
@@ -31,6 +34,7 @@ BARS = [  # (ours, peer, largest ratio of step times)
     ("minizero-3", "deepspeed-3", 0.60),
     ("minizero-3", "fsdp2-reshard", 0.70),
 ]
+BARS += [(f"{ours}-tcp", peer, limit) for ours, peer, limit in BARS]
 
 
 def main() -> None:

@@ -83,7 +83,7 @@ def initialize(
     device = local_device()
     if device.type == "cpu":
         keep_freed_memory()
-    comm = Communicator(mesh, "dp", CommLedger(), check=settings.debug.collectives)
+    comm = Communicator(mesh, "dp", CommLedger(), check=settings.debug.collectives, transport=settings.dist.transport)
     compare_over_ranks(comm, settings, model, device)
     batch = settings.batch(comm.size)
     policy = Policy.from_config(settings, device)
@@ -221,5 +221,6 @@ def dtype_table(runtime: ZeroRuntime) -> str:
         key = tuple(str(kind).removeprefix("torch.") for kind in kinds)
         seen[key] = seen.get(key, 0) + sum(group.layout.sizes)
     rows += [" ".join(f"{kind:<10}" for kind in key) + f" {count:,}" for key, count in seen.items()]
-    units = f"ZeRO stage {runtime.policy.stage} over {runtime.comm.size} ranks, {len(runtime.units)} units"
-    return "\n".join([units, *rows])
+    layout = f"ZeRO stage {runtime.policy.stage} over {runtime.comm.size} ranks, {len(runtime.units)} units"
+    way = f", slices by {runtime.comm.transport.name}" if runtime.comm.transport is not None else ""
+    return "\n".join([layout + way, *rows])

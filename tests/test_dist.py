@@ -61,9 +61,9 @@ def test_shard_spec_counts_its_elements():
     assert ShardSpec("w", (3, 5), whole_box((3, 5)), flat_range=(4, 9)).numel == 5
 
 
-def communicate(sizes: tuple[int, ...], wire: torch.dtype, out: torch.dtype) -> dict:
+def communicate(sizes: tuple[int, ...], wire: torch.dtype, out: torch.dtype, transport: str) -> dict:
     world, rank = dist.get_world_size(), dist.get_rank()
-    comm = Communicator(build_mesh(ParallelDims(world)), "dp", CommLedger(), check=True)
+    comm = Communicator(build_mesh(ParallelDims(world)), "dp", CommLedger(), check=True, transport=transport)
     layout = FlatLayout(sizes, world)
     pieces = [
         torch.randn(size, generator=torch.Generator().manual_seed(100 * rank + i)) for i, size in enumerate(sizes)
@@ -82,9 +82,10 @@ def communicate(sizes: tuple[int, ...], wire: torch.dtype, out: torch.dtype) -> 
 
 @pytest.mark.parametrize("world", (1, 2, 4, 8))
 @pytest.mark.parametrize(("wire", "out"), ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)))
-def test_reduce_scatter_sums_in_rank_order(world, wire, out):
+@pytest.mark.parametrize("transport", ("messages", "memory"))
+def test_reduce_scatter_sums_in_rank_order(world, wire, out, transport):
     sizes = (7, 1, 250, 15, 0, 33)
-    results = run_distributed(communicate, world, sizes, wire, out)
+    results = run_distributed(communicate, world, sizes, wire, out, transport)
     total = sum(sizes)
     expected = torch.zeros(total, dtype=out)
     for result in results:  # the naive twin: left to right, in the accumulation dtype

@@ -236,6 +236,9 @@ class DistConfig(Section):
     """Communication backend; None means nccl where a GPU is visible, else gloo."""
     timeout: float = Field(120.0, gt=0)
     """Seconds after which a collective that a peer never joined is an error."""
+    transport: Literal["auto", "messages", "memory"] = "auto"
+    """How slices travel on gloo: as TCP messages, or read from a neighbour's memory (one host, Linux). auto: memory
+    for slices of 256 KiB and more, where every rank can read every other."""
 
 
 class DebugConfig(Section):

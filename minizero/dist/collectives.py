@@ -1,4 +1,4 @@
-"""The only place that communicates.
+"""The only place that communicates (with `transport.py` beneath it, which moves slices between gloo ranks).
 
 A `Communicator` is one mesh axis seen from one rank. Each call says which unit it serves, is entered in the
 `CommLedger`, and returns a `Work` whose `wait` gives the result, so that callers may compute meanwhile.
@@ -9,6 +9,7 @@ Which algorithm runs is decided here, per backend:
   receives **in rank order**. torch's own reduce-scatter on gloo is an all-reduce and a copy, its all-gather
   copies too: twice the bytes and three times the milliseconds. The sum is done in the accumulation dtype,
   whatever travels, and its order depends on nothing but the rank: this is what makes ZeRO's stages bitwise equal.
+  On one host the slices do not travel at all: neighbours read each other's memory (`transport.py`).
 - **nccl**: the library's collectives, on its own stream; torch's caching allocator is told by stream order.
 
 In debug mode every call first compares a fingerprint over the group. Without it a mismatch shows as a timeout,
@@ -37,6 +38,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from minizero.dist.ledger import CommLedger
 from minizero.dist.sharding import FlatLayout
+from minizero.dist.transport import Waitable, choose_transport
 
 FINGERPRINT_BYTES = 1024
 
@@ -50,7 +52,7 @@ class Work:
     """A running collective. `wait` returns when its result may be read, and raises `CollectiveError` if it failed."""
 
     description: str
-    requests: list[dist.Work] = field(default_factory=list)
+    requests: list[Waitable] = field(default_factory=list)
     finish: Callable[[], None] | None = None
     started: float = field(default_factory=time.perf_counter)
 
@@ -79,9 +81,14 @@ class Communicator:
         axis: which of its axes.
         ledger: where calls and bytes are counted.
         check: compare a fingerprint of every call over the group first (debug mode).
+        transport: how slices travel on gloo: "messages", "memory", or "auto".
+
+    Collective over the axis. Raises ValueError when `transport` is "memory" and ranks cannot read each other.
     """
 
-    def __init__(self, mesh: DeviceMesh, axis: str, ledger: CommLedger, *, check: bool = False) -> None:
+    def __init__(
+        self, mesh: DeviceMesh, axis: str, ledger: CommLedger, *, check: bool = False, transport: str = "auto"
+    ) -> None:
         self.axis = axis
         self.group = mesh.get_group(axis)
         self.rank = dist.get_rank(self.group)
@@ -89,34 +96,56 @@ class Communicator:
         self.ledger = ledger
         self.check = check
         self._ranks = dist.get_process_group_ranks(self.group)
-        self._point_to_point = dist.get_backend(self.group) == "gloo"
         self._sequence = 0
         self._calls = {"all_gather": 0, "reduce_scatter": 0}
+        self._lent: list[Work] = []  # what peers may still be reading
+        self.transport = None
+        if self.size > 1 and dist.get_backend(self.group) == "gloo":
+            self.transport = choose_transport(
+                self.group, transport, lambda row: self.gather_bytes(row, "transport", torch.device("cpu"))
+            )
         # Gathers and reductions are each called in one order on all ranks, but not in one order together.
         self._reduce_group = self.group
-        if not self._point_to_point and self.size > 1:
+        if self.transport is None and self.size > 1:
             self._reduce_group = dist.new_group(self._ranks, use_local_synchronization=True)
 
     # ---- whole buffers and shards ----
 
-    def all_gather(self, flat: Tensor, unit: str) -> Work:
-        """flat[S_axis] -> flat[all]: every rank's shard of `flat` reaches every rank, in place."""
+    def all_gather(self, flat: Tensor, unit: str, own: Tensor | None = None) -> Work:
+        """flat[S_axis] -> flat[all]: every rank's shard of `flat` reaches every rank, in place.
+
+        Peers may read this rank's shard until `settle`, also after the work is waited for: it must stay as it is.
+        `own` is another copy of it, for a caller that empties `flat` before.
+        """
         work = self._begin(
             "all_gather", unit, flat, flat.numel(), flat.dtype, flat.nbytes // self.size * (self.size - 1)
         )
         if self.size == 1:
             return work
         shards = flat.chunk(self.size)
-        if not self._point_to_point:
+        if self.transport is None:
             work.requests = [dist.all_gather_into_tensor(flat, shards[self.rank], group=self.group, async_op=True)]
             return work
-        host = [shard if not shard.is_cuda else shard.cpu() for shard in shards]
-        tag = self._tag("all_gather", unit)
-        work.requests = [self._receive(host[peer], peer, tag) for peer in self._peers()]
-        work.requests += [self._send(host[self.rank], peer, tag) for peer in self._peers()]
+        mine = (shards[self.rank] if own is None else own).cpu()
+        host = {peer: torch.empty_like(mine) if flat.is_cuda else shards[peer] for peer in self._peers()}
+        running = self.transport.exchange(
+            {peer: [mine] for peer in host},
+            {peer: [shard] for peer, shard in host.items()},
+            self._tag("all_gather", unit),
+        )
+        work.requests = running.arrivals
+        self._lent.append(Work(work.description, running.departures))
         if flat.is_cuda:
-            work.finish = lambda: copy_all(host, shards)
+            work.finish = lambda: copy_all(list(host.values()), [shards[peer] for peer in host])
         return work
+
+    def settle(self) -> None:
+        """Return when every peer has read what `all_gather` gave it; collective, in the sense that all must wait too.
+
+        Every small exchange below does this first, so what follows it may change parameters.
+        """
+        while self._lent:
+            self._lent.pop(0).wait()
 
     def reduce_scatter(
         self,
@@ -138,20 +167,20 @@ class Communicator:
         sent = sum(span.numel for peer in self._peers() for span in layout.spans[peer])  # padding is never sent
         wire = sent * wire_dtype.itemsize
         work = self._begin("reduce_scatter", unit, pieces[0], layout.padded_size, wire_dtype, wire)
-        if self.size > 1 and not self._point_to_point:
+        if self.size > 1 and self.transport is None:
             return self._reduce_scatter_native(work, pieces, layout, out, wire_dtype, accumulate)
         sources = [piece.reshape(-1).to(wire_dtype) for piece in pieces]
-        if self._point_to_point and self.size > 1:
-            sources = [source.cpu() if source.is_cuda else source for source in sources]
+        if self.transport is not None:
+            sources = [source.cpu() for source in sources]
         mine = layout.spans[self.rank]
         inbox = {peer: sources[0].new_empty(layout.shard_size) for peer in self._peers()}
-        tag = self._tag("reduce_scatter", unit)
-        for peer in self._peers():
-            for span in mine:
-                work.requests.append(self._receive(inbox[peer][span.offset : span.offset + span.numel], peer, tag))
-        for peer in self._peers():
-            for span in layout.spans[peer]:
-                work.requests.append(self._send(sources[span.index][span.start : span.stop], peer, tag))
+        if self.transport is not None:
+            running = self.transport.exchange(
+                {peer: [sources[s.index][s.start : s.stop] for s in layout.spans[peer]] for peer in inbox},
+                {peer: [box[s.offset : s.offset + s.numel] for s in mine] for peer, box in inbox.items()},
+                self._tag("reduce_scatter", unit),
+            )
+            work.requests = [*running.arrivals, *running.departures]
 
         def sum_in_rank_order() -> None:
             for span in mine:
@@ -190,6 +219,7 @@ class Communicator:
 
     def broadcast(self, tensor: Tensor, source: int, unit: str) -> None:
         """tensor[source] -> tensor[all]; `source` is a rank on this axis."""
+        self.settle()
         work = self._begin(
             "broadcast", unit, tensor, tensor.numel(), tensor.dtype, tensor.nbytes if self.rank == source else 0
         )
@@ -199,6 +229,7 @@ class Communicator:
 
     def gather_rows(self, row: Tensor, unit: str) -> Tensor:
         """row [K] -> [N, K]: each rank's row, in rank order. For scalars that every rank must agree on."""
+        self.settle()
         work = self._begin("gather_rows", unit, row, row.numel() * self.size, row.dtype, row.nbytes * (self.size - 1))
         if self.size == 1:
             return row.unsqueeze(0)
@@ -225,16 +256,6 @@ class Communicator:
     def _peers(self) -> list[int]:
         """The other ranks, nearest following one first, so that not all send to the same one at once."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
-
-    def _send(self, tensor: Tensor, peer: int, tag: int) -> dist.Work:
-        request = dist.isend(tensor, self._ranks[peer], group=self.group, tag=tag)
-        assert request is not None
-        return request
-
-    def _receive(self, tensor: Tensor, peer: int, tag: int) -> dist.Work:
-        request = dist.irecv(tensor, self._ranks[peer], group=self.group, tag=tag)
-        assert request is not None
-        return request
 
     def _tag(self, operation: str, unit: str) -> int:
         """The tag of the messages of the next `operation`; among themselves they keep their order.

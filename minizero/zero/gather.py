@@ -106,6 +106,7 @@ class ParameterGatherer:
         if not failed:
             self._advance(len(self.plan))
             self._agree_on_order()
+            self.comm.settle()
         self._cursor = None
         if failed or not requires_grad(output):
             self.release_all()
@@ -212,6 +213,7 @@ class ParameterGatherer:
             for unit in self.units:
                 unit.gather()
                 unit.finish_gather()
+            self.comm.settle()
         self._suspended += 1
         try:
             yield

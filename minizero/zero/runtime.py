@@ -141,6 +141,7 @@ class ZeroRuntime:
         moved = sum(unit.refresh() for unit in self.units)
         for unit in self.units:
             unit.finish_refresh()
+        self.comm.settle()  # a rank that ends after its last step must not take away what others still read
         return moved
 
     def drop_gradients(self) -> None:
@@ -174,6 +175,7 @@ class ZeroRuntime:
                 yield from zip(group.names, (p.detach() for p in group.parameters), strict=True)
             if was_sharded:
                 unit.release()
+        self.comm.settle()
 
     def _guard_state_dict(self) -> None:
         def refuse(module: nn.Module, prefix: str, keep_vars: bool) -> None:

@@ -71,7 +71,9 @@ class Unit:
         """SHARDED -> GATHERING: start bringing the other ranks' slices in."""
         if self.state is not State.SHARDED:
             return
-        self._gathers = [self.comm.all_gather(group.fill_own_slice(), self.name) for group in self.groups]
+        self._gathers = [
+            self.comm.all_gather(group.fill_own_slice(), self.name, own=group.shard) for group in self.groups
+        ]
         self.state = State.GATHERING
 
     def finish_gather(self) -> None:

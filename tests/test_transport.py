@@ -1,0 +1,206 @@
+"""Slices as messages or out of a neighbour's memory: the same bits, the same errors."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import DistributedError, run_distributed
+from test_engine import Branches
+from toys import batches, make
+from training import settings, train
+
+import minizero
+from minizero.dist import transport
+from minizero.dist.collectives import Communicator
+from minizero.dist.dims import ParallelDims
+from minizero.dist.ledger import CommLedger
+from minizero.dist.mesh import build_mesh
+from minizero.dist.sharding import FlatLayout
+
+MEMORY = {"timeout": 20.0, "transport": "memory"}
+MESSAGES = {"timeout": 20.0, "transport": "messages"}
+
+
+def communicator(kind: str, timeout: float = 20.0) -> Communicator:
+    world = dist.get_world_size()
+    return Communicator(build_mesh(ParallelDims(world), timeout), "dp", CommLedger(), transport=kind)
+
+
+@pytest.mark.parametrize("stage", (0, 1, 2, 3))
+@pytest.mark.parametrize("world", (2, 4))
+def test_training_does_not_depend_on_the_transport(stage, world):
+    one, other = (run_distributed(train, world, "toy", stage, 6, 2, dist=kind) for kind in (MESSAGES, MEMORY))
+    assert [(r.losses, r.norms) for r in one] == [(r.losses, r.norms) for r in other]
+    assert all(torch.equal(other[0].weights[name], value) for name, value in one[0].weights.items())
+    for operation in ("all_gather", "reduce_scatter"):  # the ledger counts what crosses between ranks, not how
+        assert one[0].counts.keys() == other[0].counts.keys()
+        assert all(one[0].counts[key] == other[0].counts[key] for key in one[0].counts if key[1] == operation)
+
+
+@pytest.mark.parametrize("name", ("adapters", "unused", "twice", "outside", "recomputed", "hf_gpt2"))
+@pytest.mark.parametrize("overlap", (False, True))
+def test_awkward_models_out_of_memory(name, overlap):
+    one, other = (
+        run_distributed(train, 2, name, 3, 3, dist=kind, zero={"stage": 3, "overlap": overlap})[0]
+        for kind in (MESSAGES, MEMORY)
+    )
+    assert (one.losses, one.norms) == (other.losses, other.norms)
+
+
+def train_branches(overlap: bool, prefetch: bool) -> list[float]:
+    config = settings(3, 2, zero={"stage": 3, "overlap": overlap, "prefetch": prefetch}, dist=MEMORY)
+    engine, *_ = minizero.initialize(model=Branches(), config=config)
+    return [float(engine.train_batch(iter([b]))) for b in batches(4)]
+
+
+def test_branches_do_not_hang():
+    runs = [
+        run_distributed(train_branches, 2, overlap, prefetch, timeout=30)
+        for overlap in (False, True)
+        for prefetch in (False, True)
+    ]
+    assert all(run == runs[0] for run in runs)
+
+
+def pieces_of_every_size(kind: str) -> list[torch.Tensor]:
+    """Shards below and above the size from which `auto` reads memory; rank r's are filled with r + 1."""
+    comm = communicator(kind)
+    gathered = []
+    for numel in (1, 7, transport.WORTH_READING // 4 - 1, transport.WORTH_READING // 4, 300_001):
+        flat = torch.zeros(comm.size * numel)
+        flat[comm.rank * numel : (comm.rank + 1) * numel] = comm.rank + 1
+        comm.all_gather(flat, "u").wait()
+        gathered.append(flat)
+        # an uneven last shard: one direction may be a message where the other reads memory
+        layout = FlatLayout((2 * numel - 1,), comm.size)
+        out = torch.zeros(layout.shard_size)
+        piece = torch.arange(2.0 * numel - 1) * (comm.rank + 1)
+        comm.reduce_scatter([piece], layout, out, "u", wire_dtype=torch.float32, accumulate=False).wait()
+        gathered.append(out)
+    comm.settle()
+    return gathered
+
+
+@pytest.mark.parametrize("world", (2, 4))
+def test_all_sizes_arrive(world):
+    expected = run_distributed(pieces_of_every_size, world, "messages")
+    for kind in ("memory", "auto"):
+        found = run_distributed(pieces_of_every_size, world, kind)
+        assert all(torch.equal(a, b) for f, e in zip(found, expected, strict=True) for a, b in zip(f, e, strict=True))
+    for rank, shard in enumerate(expected[0][-2].chunk(world)):
+        assert torch.equal(shard, torch.full((300_001,), rank + 1.0))
+
+
+def test_a_big_piece_is_read_in_parts(monkeypatch):
+    monkeypatch.setattr(transport, "LARGEST_READ", 1000)
+    source, target = torch.randn(1003), torch.zeros(1003)
+    transport.read_memory(os.getpid(), source.data_ptr(), target)
+    assert torch.equal(source, target)
+
+
+def write_after(settling: str) -> list[float]:
+    """Rank 1 reads late. Rank 0 overwrites what it lent, as soon as it may."""
+    comm = communicator("memory")
+    flat = torch.full((2,), comm.rank + 1.0)
+    work = comm.all_gather(flat, "u")
+    if comm.rank == 1:
+        time.sleep(0.5)
+    work.wait()
+    if settling == "settle":
+        comm.settle()
+    elif settling == "gather_rows":
+        comm.gather_rows(torch.zeros(1), "u")
+    elif settling == "broadcast":
+        comm.broadcast(torch.zeros(1), 0, "u")
+    result = flat.clone()
+    flat.fill_(-1.0)
+    time.sleep(1.0)
+    return result.tolist()
+
+
+@pytest.mark.parametrize("settling", ("settle", "gather_rows", "broadcast"))
+def test_what_was_lent_may_be_written_once_settled(settling):
+    assert run_distributed(write_after, 2, settling) == [[1.0, 2.0]] * 2
+
+
+def test_without_settling_a_late_reader_sees_the_new_values():
+    assert run_distributed(write_after, 2, "nothing")[1] == [-1.0, 2.0]  # the test above can fail
+
+
+def last_step_then_leave(stage: int) -> float:
+    """A rank that is done does not wait for the others' reads any more than this."""
+    engine, *_ = minizero.initialize(model=make("toy"), config=settings(stage, 2, dist=MEMORY))
+    loss = float(engine.train_batch(iter([batches(1)[0]])))
+    assert engine.runtime.comm._lent == []
+    return loss
+
+
+@pytest.mark.parametrize("stage", (0, 1, 2, 3))
+def test_nothing_is_lent_after_a_step(stage):
+    losses = run_distributed(last_step_then_leave, 2, stage)
+    assert losses[0] == losses[1]
+
+
+# ---- where memory cannot be read ----
+
+
+def on_two_hosts(kind: str) -> str:
+    host = f"machine {dist.get_rank()}"
+    with patch.object(transport, "host_identity", lambda: host):
+        return communicator(kind).transport.name
+
+
+def out_of_reach(kind: str) -> str:
+    """What a container without the permission sees on one rank."""
+    denied = PermissionError(1, "Operation not permitted") if dist.get_rank() == 1 else None
+    with patch.object(transport, "read_memory", side_effect=denied, wraps=transport.read_memory):
+        return communicator(kind).transport.name
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"), ((on_two_hosts, "is on another host"), (out_of_reach, "Operation not permitted"))
+)
+def test_one_rank_that_cannot_read_turns_it_off_for_all(function, reason):
+    assert run_distributed(function, 2, "auto") == ["messages", "messages"]
+    with pytest.raises(DistributedError, match="legal here: messages, auto") as caught:
+        run_distributed(function, 2, "memory")
+    assert len(caught.value.failures) == 2
+    assert all(reason in text for text in caught.value.failures.values())
+
+
+def uneven_offers() -> None:
+    comm = communicator("memory", timeout=5.0)
+    layouts = FlatLayout((100,), 2), FlatLayout((90,), 2)
+    out = torch.zeros(layouts[comm.rank].shard_size)
+    piece = torch.ones(layouts[comm.rank].sizes[0])
+    comm.reduce_scatter([piece], layouts[comm.rank], out, "u", wire_dtype=piece.dtype, accumulate=False).wait()
+
+
+def test_sizes_that_differ_are_named():
+    with pytest.raises(DistributedError) as caught:
+        run_distributed(uneven_offers, 2, timeout=20)
+    assert re.search(r"reduce_scatter of u .* rank \d offers \d+ bytes where \d+ are expected", str(caught.value), re.S)
+
+
+def die_lending() -> None:
+    """Rank 1 offers its memory and dies before it is read."""
+    comm = communicator("memory", timeout=5.0)
+    work = comm.all_gather(torch.ones(2), "u")
+    if comm.rank == 1:
+        time.sleep(0.3)  # let the offer leave
+        os._exit(7)
+    time.sleep(1.5)
+    work.wait()
+    comm.settle()
+
+
+def test_a_rank_that_died_is_named():
+    with pytest.raises(DistributedError, match=r"rank 0: all_gather of u .*failed.*a peer died") as caught:
+        run_distributed(die_lending, 2, timeout=20)
+    assert "CollectiveError" in caught.value.failures[0]
