@@ -83,7 +83,14 @@ def initialize(
     device = local_device()
     if device.type == "cpu":
         keep_freed_memory()
-    comm = Communicator(mesh, "dp", CommLedger(), check=settings.debug.collectives, transport=settings.dist.transport)
+    comm = Communicator(
+        mesh,
+        "dp",
+        CommLedger(),
+        check=settings.debug.collectives,
+        transport=settings.dist.transport,
+        timeout=settings.dist.timeout,
+    )
     compare_over_ranks(comm, settings, model, device)
     batch = settings.batch(comm.size)
     policy = Policy.from_config(settings, device)

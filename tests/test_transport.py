@@ -16,7 +16,7 @@ from toys import batches, make
 from training import settings, train
 
 import minizero
-from minizero.dist import transport
+from minizero.dist import neighbour
 from minizero.dist.collectives import Communicator
 from minizero.dist.dims import ParallelDims
 from minizero.dist.ledger import CommLedger
@@ -29,7 +29,8 @@ MESSAGES = {"timeout": 20.0, "transport": "messages"}
 
 def communicator(kind: str, timeout: float = 20.0) -> Communicator:
     world = dist.get_world_size()
-    return Communicator(build_mesh(ParallelDims(world), timeout), "dp", CommLedger(), transport=kind)
+    mesh = build_mesh(ParallelDims(world), timeout)
+    return Communicator(mesh, "dp", CommLedger(), transport=kind, timeout=timeout)
 
 
 @pytest.mark.parametrize("stage", (0, 1, 2, 3))
@@ -69,15 +70,14 @@ def test_branches_do_not_hang():
 
 
 def pieces_of_every_size(kind: str) -> list[torch.Tensor]:
-    """Shards below and above the size from which `auto` reads memory; rank r's are filled with r + 1."""
+    """Shards of one element to 1.2 MB; rank r's are filled with r + 1."""
     comm = communicator(kind)
     gathered = []
-    for numel in (1, 7, transport.WORTH_READING // 4 - 1, transport.WORTH_READING // 4, 300_001):
+    for numel in (1, 7, 65_537, 300_001):
         flat = torch.zeros(comm.size * numel)
         flat[comm.rank * numel : (comm.rank + 1) * numel] = comm.rank + 1
         comm.all_gather(flat, "u").wait()
         gathered.append(flat)
-        # an uneven last shard: one direction may be a message where the other reads memory
         layout = FlatLayout((2 * numel - 1,), comm.size)
         out = torch.zeros(layout.shard_size)
         piece = torch.arange(2.0 * numel - 1) * (comm.rank + 1)
@@ -98,9 +98,9 @@ def test_all_sizes_arrive(world):
 
 
 def test_a_big_piece_is_read_in_parts(monkeypatch):
-    monkeypatch.setattr(transport, "LARGEST_READ", 1000)
+    monkeypatch.setattr(neighbour, "LARGEST_COPY", 1000)
     source, target = torch.randn(1003), torch.zeros(1003)
-    transport.read_memory(os.getpid(), source.data_ptr(), target)
+    neighbour.read_memory(os.getpid(), source.data_ptr(), target)
     assert torch.equal(source, target)
 
 
@@ -133,18 +133,27 @@ def test_without_settling_a_late_reader_sees_the_new_values():
     assert run_distributed(write_after, 2, "nothing")[1] == [-1.0, 2.0]  # the test above can fail
 
 
-def last_step_then_leave(stage: int) -> float:
-    """A rank that is done does not wait for the others' reads any more than this."""
+def last_step_then_leave(stage: int) -> None:
+    """Rank 1 is gone the moment it is done; rank 0 may take its time."""
     engine, *_ = minizero.initialize(model=make("toy"), config=settings(stage, 2, dist=MEMORY))
-    loss = float(engine.train_batch(iter([batches(1)[0]])))
-    assert engine.runtime.comm._lent == []
-    return loss
+    settle = engine.comm.settle
+
+    def slowly() -> None:
+        if dist.get_rank() == 0:
+            time.sleep(0.3)
+        settle()
+
+    engine.comm.settle = slowly
+    engine.train_batch(iter([batches(1)[0]]))
+    if dist.get_rank() == 1:
+        os._exit(0)
 
 
 @pytest.mark.parametrize("stage", (0, 1, 2, 3))
-def test_nothing_is_lent_after_a_step(stage):
-    losses = run_distributed(last_step_then_leave, 2, stage)
-    assert losses[0] == losses[1]
+def test_a_rank_that_is_done_may_leave(stage):
+    with pytest.raises(DistributedError, match="exited with code 0") as caught:
+        run_distributed(last_step_then_leave, 2, stage)
+    assert list(caught.value.failures) == [1]
 
 
 # ---- where memory cannot be read ----
@@ -152,14 +161,14 @@ def test_nothing_is_lent_after_a_step(stage):
 
 def on_two_hosts(kind: str) -> str:
     host = f"machine {dist.get_rank()}"
-    with patch.object(transport, "host_identity", lambda: host):
+    with patch.object(neighbour, "host_identity", lambda: host):
         return communicator(kind).transport.name
 
 
 def out_of_reach(kind: str) -> str:
     """What a container without the permission sees on one rank."""
     denied = PermissionError(1, "Operation not permitted") if dist.get_rank() == 1 else None
-    with patch.object(transport, "read_memory", side_effect=denied, wraps=transport.read_memory):
+    with patch.object(neighbour, "read_memory", side_effect=denied, wraps=neighbour.read_memory):
         return communicator(kind).transport.name
 
 
@@ -185,7 +194,51 @@ def uneven_offers() -> None:
 def test_sizes_that_differ_are_named():
     with pytest.raises(DistributedError) as caught:
         run_distributed(uneven_offers, 2, timeout=20)
-    assert re.search(r"reduce_scatter of u .* rank \d offers \d+ bytes where \d+ are expected", str(caught.value), re.S)
+    assert re.search(
+        r"reduce_scatter of u .* rank \d offers \[\d+\] bytes where \[\d+\] are expected", str(caught.value), re.S
+    )
+
+
+def other_unit() -> None:
+    comm = communicator("memory", timeout=5.0)
+    comm.all_gather(torch.zeros(2), f"unit {comm.rank}").wait()
+
+
+def test_units_that_differ_are_named_at_once():
+    begin = time.monotonic()
+    with pytest.raises(DistributedError, match="is in the same call of another unit than unit") as caught:
+        run_distributed(other_unit, 2, timeout=20)
+    assert len(caught.value.failures) == 2 and time.monotonic() - begin < 4
+
+
+def never_join() -> None:
+    comm = communicator("memory", timeout=1.0)
+    if comm.rank == 0:
+        comm.all_gather(torch.zeros(2), "u").wait()
+    time.sleep(1.5)
+
+
+def test_a_rank_that_does_not_join_is_named():
+    with pytest.raises(DistributedError, match="rank 1 did not join within 1 s"):
+        run_distributed(never_join, 2, timeout=20)
+
+
+def more_calls_than_a_board_holds() -> bool:
+    """Gathers that are not settled between: the lender waits for its readers before it forgets a call."""
+    comm = communicator("memory")
+    for number in range(2 * neighbour.CALLS + 3):
+        flat = torch.full((comm.size,), -1.0)
+        flat[comm.rank] = number + comm.rank
+        comm.all_gather(flat, "u").wait()
+        if flat.tolist() != [number + float(rank) for rank in range(comm.size)]:
+            return False
+    comm.settle()
+    return True
+
+
+@pytest.mark.parametrize("world", (2, 4))
+def test_a_board_is_written_over_only_when_read(world):
+    assert run_distributed(more_calls_than_a_board_holds, world) == [True] * world
 
 
 def die_lending() -> None:

@@ -237,8 +237,8 @@ class DistConfig(Section):
     timeout: float = Field(120.0, gt=0)
     """Seconds after which a collective that a peer never joined is an error."""
     transport: Literal["auto", "messages", "memory"] = "auto"
-    """How slices travel on gloo: as TCP messages, or read from a neighbour's memory (one host, Linux). auto: memory
-    for slices of 256 KiB and more, where every rank can read every other."""
+    """How slices travel on gloo: as TCP messages, or read from a neighbour's memory (one host, Linux on x86-64). auto:
+    memory where every rank can read every other."""
 
 
 class DebugConfig(Section):

@@ -1,4 +1,4 @@
-"""The only place that communicates (with `transport.py` beneath it, which moves slices between gloo ranks).
+"""The only place that communicates (beneath it `transport.py` and `neighbour.py` move slices between gloo ranks).
 
 A `Communicator` is one mesh axis seen from one rank. Each call says which unit it serves, is entered in the
 `CommLedger`, and returns a `Work` whose `wait` gives the result, so that callers may compute meanwhile.
@@ -9,11 +9,11 @@ Which algorithm runs is decided here, per backend:
   receives **in rank order**. torch's own reduce-scatter on gloo is an all-reduce and a copy, its all-gather
   copies too: twice the bytes and three times the milliseconds. The sum is done in the accumulation dtype,
   whatever travels, and its order depends on nothing but the rank: this is what makes ZeRO's stages bitwise equal.
-  On one host the slices do not travel at all: neighbours read each other's memory (`transport.py`).
+  On one host the slices do not travel at all: neighbours read each other's memory (`neighbour.py`).
 - **nccl**: the library's collectives, on its own stream; torch's caching allocator is told by stream order.
 
 In debug mode every call first compares a fingerprint over the group. Without it a mismatch shows as a timeout,
-because each operation has its own message tag; with torch's gloo alone, two same-shaped collectives in swapped
+because each operation and unit has its own message tag; with torch's gloo alone, two same-shaped collectives in swapped
 order would return wrong sums.
 
 Glossary (N = ranks on the axis, S = elements of one shard):
@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import time
 import traceback
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -37,8 +36,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from minizero.dist.ledger import CommLedger
+from minizero.dist.mesh import DEFAULT_TIMEOUT
+from minizero.dist.neighbour import choose_transport
 from minizero.dist.sharding import FlatLayout
-from minizero.dist.transport import Waitable, choose_transport
+from minizero.dist.transport import OPERATIONS, Call, Waitable
 
 FINGERPRINT_BYTES = 1024
 
@@ -82,12 +83,20 @@ class Communicator:
         ledger: where calls and bytes are counted.
         check: compare a fingerprint of every call over the group first (debug mode).
         transport: how slices travel on gloo: "messages", "memory", or "auto".
+        timeout: seconds that a peer may take to join a call; that of the mesh's groups.
 
     Collective over the axis. Raises ValueError when `transport` is "memory" and ranks cannot read each other.
     """
 
     def __init__(
-        self, mesh: DeviceMesh, axis: str, ledger: CommLedger, *, check: bool = False, transport: str = "auto"
+        self,
+        mesh: DeviceMesh,
+        axis: str,
+        ledger: CommLedger,
+        *,
+        check: bool = False,
+        transport: str = "auto",
+        timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
         self.axis = axis
         self.group = mesh.get_group(axis)
@@ -97,12 +106,12 @@ class Communicator:
         self.check = check
         self._ranks = dist.get_process_group_ranks(self.group)
         self._sequence = 0
-        self._calls = {"all_gather": 0, "reduce_scatter": 0}
+        self._calls = dict.fromkeys(OPERATIONS, 0)
         self._lent: list[Work] = []  # what peers may still be reading
         self.transport = None
         if self.size > 1 and dist.get_backend(self.group) == "gloo":
             self.transport = choose_transport(
-                self.group, transport, lambda row: self.gather_bytes(row, "transport", torch.device("cpu"))
+                self.group, transport, lambda row: self.gather_bytes(row, "transport", torch.device("cpu")), timeout
             )
         # Gathers and reductions are each called in one order on all ranks, but not in one order together.
         self._reduce_group = self.group
@@ -131,7 +140,7 @@ class Communicator:
         running = self.transport.exchange(
             {peer: [mine] for peer in host},
             {peer: [shard] for peer, shard in host.items()},
-            self._tag("all_gather", unit),
+            self._call("all_gather", unit),
         )
         work.requests = running.arrivals
         self._lent.append(Work(work.description, running.departures))
@@ -178,7 +187,7 @@ class Communicator:
             running = self.transport.exchange(
                 {peer: [sources[s.index][s.start : s.stop] for s in layout.spans[peer]] for peer in inbox},
                 {peer: [box[s.offset : s.offset + s.numel] for s in mine] for peer, box in inbox.items()},
-                self._tag("reduce_scatter", unit),
+                self._call("reduce_scatter", unit),
             )
             work.requests = [*running.arrivals, *running.departures]
 
@@ -257,15 +266,10 @@ class Communicator:
         """The other ranks, nearest following one first, so that not all send to the same one at once."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
-    def _tag(self, operation: str, unit: str) -> int:
-        """The tag of the messages of the next `operation`; among themselves they keep their order.
-
-        It holds the unit, so that messages of different units never meet: of different sizes they would abort the
-        process inside gloo. gloo's own tags begin at 2**24.
-        """
-        self._calls[operation] += 1
-        kind = list(self._calls).index(operation)
-        return kind << 22 | zlib.crc32(unit.encode()) % (1 << 10) << 12 | self._calls[operation] % (1 << 12)
+    def _call(self, operation: str, unit: str) -> Call:
+        """The next call of `operation`."""
+        number, self._calls[operation] = self._calls[operation], self._calls[operation] + 1
+        return Call(OPERATIONS.index(operation), unit, number)
 
     def _begin(self, operation: str, unit: str, tensor: Tensor, numel: int, dtype: torch.dtype, wire: int) -> Work:
         """Enter one operation over `numel` elements of `dtype` into the ledger; in debug mode compare it first."""
