@@ -87,7 +87,7 @@ class Engine:
             try:
                 return self.module(*tree_map(self._to_compute, args), **tree_map(self._to_compute, kwargs))
             except BaseException:
-                self.runtime.abort()
+                self.runtime.unwind()
                 raise
 
     forward = __call__

@@ -121,6 +121,26 @@ class Outside(Toy):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
+class AuxiliaryBlock(Block):
+    """Leaves a loss of its own behind, which reaches the root's around its output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.aux = self.up(x).pow(2).mean() + self.down.weight.pow(2).mean()
+        return super().forward(x)
+
+
+class Auxiliary(Toy):
+    """Blocks with auxiliary losses, as mixtures of experts have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(AuxiliaryBlock() for _ in range(self.depth))
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        loss = super().forward(tokens, labels)
+        return loss + sum(block.aux for block in self.blocks)
+
+
 class BigEmbedding(Toy):
     """The embedding is larger than a block, so it is a unit of its own."""
 
@@ -130,6 +150,14 @@ class BigEmbedding(Toy):
         super().__init__()
         self.blocks = nn.ModuleList(Block(WIDTH) for _ in range(2))
         self.embed = nn.Embedding(500, WIDTH)
+
+
+class TransposedHead(BigEmbedding):
+    """The head is the embedding's transpose, taken by hand."""
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        logits = self.norm(self.run_blocks(self.embed(tokens))) @ self.embed.weight.T
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 class Recomputed(Toy):
@@ -218,6 +246,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "nested": Nested,
     "outside": Outside,
     "big_embedding": BigEmbedding,
+    "auxiliary": Auxiliary,
+    "transposed_head": TransposedHead,
     "recomputed": Recomputed,
     "encoder": Encoder,
     "two_dtypes": TwoDtypes,

@@ -12,6 +12,9 @@ Who releases what:
 - held units (the root, and any whose parameters were seen used outside their own forward) stay whole from the root's
   forward to the end of backward.
 
+Backward makes a unit whole where it enters the unit's part of the graph: at the gradients of its outputs, or at any
+other node of its forward that the loss depends on (`graph.py`).
+
 Recompute, evaluation and generation are ordinary users: a recomputed forward finds its unit whole and in backward, so
 it neither gathers nor releases.
 """
@@ -29,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from minizero.dist.collectives import Communicator
+from minizero.zero.graph import MadeBy, next_number
 from minizero.zero.unit import State, Unit
 
 
@@ -64,6 +68,8 @@ class ParameterGatherer:
         self._cursor: int | None = None  # next entry of the running pass; None outside a pass
         self._first_order: list[Unit] | None = []  # recorded during the first forward
         self._suspended = 0
+        self._made_by: MadeBy[Unit] = MadeBy()
+        self._began: dict[Unit, int] = {}  # number of the next autograd node when the unit's forward began
         self._watcher: ReadWatcher | None = None
         self._register_hooks()
 
@@ -124,6 +130,8 @@ class ParameterGatherer:
             self._make_whole_in_order(unit)
             if unit.has_frozen and torch.is_grad_enabled():
                 self._watch_input_gradients(unit, (args, kwargs))
+            if torch.is_grad_enabled() and not self.backward_active:
+                self._began[unit] = next_number()
 
         return before
 
@@ -131,6 +139,8 @@ class ParameterGatherer:
         def after(module: nn.Module, args: Any, output: Any) -> None:
             if self._suspended:
                 return
+            if unit in self._began:
+                self._made_by.add(self._began.pop(unit), next_number(), unit)
             if torch.is_grad_enabled() and (outputs := differentiable(output)):
                 register_multi_grad_hook(outputs, lambda _: self._before_backward(unit), mode="any")
             if not unit.held and not unit.in_backward:
@@ -167,14 +177,20 @@ class ParameterGatherer:
 
     # ---- passes ----
 
-    def begin_backward(self) -> None:
+    def begin_backward(self, edges: list[tuple[Any, Any]]) -> None:
+        """A pass over the graph's `edges` (see `graph.edges_behind`) begins."""
         self.backward_active = True
+        for node, unit in self._made_by.entries(edges):
+            node.register_prehook(self._enter(unit))
         self._cursor = 0
         for unit in self.units:
             if unit.held:
                 unit.make_whole()
         if self.prefetch and self.plan:
             self._entry(0).gather()
+
+    def _enter(self, unit: Unit) -> Callable[..., None]:
+        return lambda _: self._before_backward(unit)
 
     def end_backward(self) -> None:
         if not self._suspended:
@@ -185,6 +201,7 @@ class ParameterGatherer:
         """Back to rest, wherever a pass ended or broke off: everything sharded."""
         self.backward_active = False
         self._cursor = None
+        self._began.clear()
         self.release_all()
 
     def release_all(self) -> None:
@@ -292,8 +309,13 @@ class ReadWatcher(TorchFunctionMode):
         self.reporting = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        attribute = getattr(func, "__name__", "") in ("__get__", "__set__")  # .data, .shape: our own hooks use them
-        if not self.reporting and not attribute:
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # of a property: most, like .shape, read no values, and our own hooks use them
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+            reads = name in ("T", "mT", "H", "mH", "real", "imag")
+        else:
+            reads = name != "__set__"
+        if reads and not self.reporting:
             self.reporting = True
             try:
                 for leaf in tree_leaves((args, kwargs or {})):

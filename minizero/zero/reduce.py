@@ -56,12 +56,15 @@ class GradientReducer:
         root = self.order[-1]
         self.order = [*reversed(units), root]
 
-    def begin(self, loss: Tensor, *, boundary: bool, sync: bool) -> None:
-        """A backward pass from `loss` begins; `boundary`: the last before the step; `sync`: not inside `no_sync`."""
+    def begin(self, used: set[Tensor], *, boundary: bool, sync: bool) -> None:
+        """A backward pass that reaches the leaves `used` begins.
+
+        Args:
+            boundary: it is the last before the step. sync: it is not inside `no_sync`.
+        """
         self.active = True
         self._reduces = sync and (boundary or not self.policy.local_accumulation)
         self._next = 0
-        used = parameters_behind(loss)
         for unit in self.order:
             unit.reduced = False
             unit.pending = {p for p in unit.trainable if p in used}
@@ -133,19 +136,3 @@ class GradientReducer:
         while len(self._in_flight) > leave:
             self._in_flight.pop(0).finish_reduce()
 
-
-def parameters_behind(loss: Tensor) -> set[Tensor]:
-    """The leaves that a backward pass from `loss` will reach."""
-    leaves: set[Tensor] = set()
-    stack = [loss.grad_fn]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if node is None:
-            continue
-        if hasattr(node, "variable"):
-            leaves.add(node.variable)
-        fresh = {parent for parent, _ in node.next_functions} - seen
-        seen |= fresh
-        stack.extend(fresh)
-    return leaves

@@ -21,6 +21,7 @@ from minizero.dist.collectives import Communicator
 from minizero.dist.sharding import ShardSpec, whole_box
 from minizero.zero.flat import FlatGroup, total_bytes
 from minizero.zero.gather import ParameterGatherer
+from minizero.zero.graph import edges_behind, leaves_of
 from minizero.zero.materialize import initial_values, move_off_meta
 from minizero.zero.policy import Policy
 from minizero.zero.reduce import GradientReducer
@@ -99,20 +100,25 @@ class ZeroRuntime:
     # ---- backward ----
 
     def begin_backward(self, loss: Tensor, *, boundary: bool, sync: bool) -> None:
-        self.reducer.begin(loss, boundary=boundary, sync=sync)
+        edges = edges_behind(loss)
+        self.reducer.begin(leaves_of(edges), boundary=boundary, sync=sync)
         if self.gatherer is not None:
-            self.gatherer.begin_backward()
+            self.gatherer.begin_backward(edges)
 
     def end_backward(self) -> None:
         self.reducer.end()
         if self.gatherer is not None:
             self.gatherer.end_backward()
 
-    def abort(self) -> None:
-        """A forward or backward broke off: back to rest, gradients of the window dropped."""
-        self.reducer.abort()
+    def unwind(self) -> None:
+        """A forward broke off: back to rest. The gradients of finished backwards stay."""
         if self.gatherer is not None:
             self.gatherer.unwind()
+
+    def abort(self) -> None:
+        """A backward broke off: back to rest, gradients of the window dropped."""
+        self.reducer.abort()
+        self.unwind()
         self.drop_gradients()
 
     def _unit_done(self, unit: Unit) -> None:
