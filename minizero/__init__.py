@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 
 from minizero import zero
-from minizero.api import initialize
+from minizero.api import init_distributed, initialize
 from minizero.config import Config
 from minizero.dist.collectives import CollectiveError
 from minizero.dist.dims import ParallelDims
-from minizero.dist.mesh import init_distributed
 from minizero.engine import Engine
 from minizero.zero import unsharded
 
@@ -23,11 +22,12 @@ __version__ = "0.1.0"
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add DeepSpeed's `--deepspeed` and `--deepspeed_config` to `parser`, so that its scripts parse as they are."""
+    """Add the arguments that DeepSpeed adds to `parser`, so that its scripts parse as they are."""
     group = parser.add_argument_group("DeepSpeed", "names kept from DeepSpeed")
     group.add_argument("--deepspeed", default=False, action="store_true", help="accepted for compatibility")
     group.add_argument("--deepspeed_config", default=None, type=str, help="path of the DeepSpeed JSON config")
-    group.add_argument("--local_rank", default=-1, type=int, help="accepted: torchrun sets LOCAL_RANK")
+    group.add_argument("--deepscale", default=False, action="store_true", help="old name of --deepspeed")
+    group.add_argument("--deepscale_config", default=None, type=str, help="old name of --deepspeed_config")
     return parser
 
 

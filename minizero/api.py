@@ -1,4 +1,4 @@
-"""`minizero.initialize`: from a model and its settings to an engine, in DeepSpeed's signature.
+"""`minizero.initialize`: from a model and its settings to an engine, in DeepSpeed's signatures.
 
 The order is the story: settings -> processes -> mesh -> ranks compare what they were given -> batch sizes -> shards ->
 optimizer over the shards -> schedule -> data loader -> engine.
@@ -10,22 +10,26 @@ import hashlib
 import inspect
 import os
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, DistributedSampler
 
 from minizero.config import Config
+from minizero.config.effects import without_effect
 from minizero.config.load import from_any
 from minizero.dist.collectives import Communicator
 from minizero.dist.dims import ParallelDims
 from minizero.dist.ledger import CommLedger
-from minizero.dist.mesh import build_mesh, init_distributed, local_device
+from minizero.dist.mesh import DEFAULT_TIMEOUT, build_mesh, local_device
+from minizero.dist.mesh import init_distributed as join_processes
 from minizero.engine import Engine
-from minizero.optim.build import build_optimizer, optimizer_class
+from minizero.optim.build import build_optimizer
 from minizero.optim.loss_scale import LossScaler
 from minizero.optim.schedules import build_schedule
 from minizero.utils.memory import keep_freed_memory
@@ -49,6 +53,7 @@ def initialize(
     dist_init_required: bool | None = None,
     collate_fn: Callable[..., Any] | None = None,
     config: ConfigSource | None = None,
+    mesh_param: Any = None,
     config_params: ConfigSource | None = None,
 ) -> tuple[Engine, ZeroOptimizer, Any, Any]:
     """Shard `model` over the ranks and return `(engine, optimizer, dataloader, lr_scheduler)`; collective.
@@ -62,57 +67,35 @@ def initialize(
         training_data: a map-style dataset; a loader of micro-batches for this rank is returned.
         lr_scheduler: a scheduler object, or a callable optimizer -> scheduler; None builds the config's.
         config: a `Config`, a DeepSpeed JSON (path or dict), or a minizero TOML/JSON path. `config_params` is its old
-            name. distributed_port, mpu, dist_init_required: of DeepSpeed's launcher; torchrun's environment takes
-            their place.
+            name. distributed_port, dist_init_required: of DeepSpeed's launcher; torchrun's environment takes their
+            place. mpu, mesh_param: not available, since degrees are settings.
 
     Raises ValueError (on every rank) for settings that contradict each other, the model or the world size.
     """
     settings = from_any(one_config(args, config, config_params))
     if model is None:
         raise ValueError("initialize() needs a model")
-    if mpu is not None:
+    if mpu is not None or mesh_param is not None:
         raise ValueError(
-            "initialize(mpu=...) is not available: tensor and pipeline degrees are settings (parallel.tp, parallel.pp)"
+            "initialize(mpu=, mesh_param=) is not available: tensor and pipeline degrees are settings (parallel.tp, "
+            "parallel.pp)"
         )
-    if distributed_port is not None and "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(distributed_port)
-    init_distributed(settings.dist.backend, settings.dist.timeout)
-    parallel = settings.parallel
-    dims = ParallelDims(dist.get_world_size(), tp=parallel.tp, pp=parallel.pp, cp=parallel.cp)
-    mesh = build_mesh(dims, settings.dist.timeout)
-    device = local_device()
-    if device.type == "cpu":
-        keep_freed_memory()
-    comm = Communicator(
-        mesh,
-        "dp",
-        CommLedger(),
-        check=settings.debug.collectives,
-        transport=settings.dist.transport,
-        timeout=settings.dist.timeout,
-    )
-    compare_over_ranks(comm, settings, model, device)
+    for line in without_effect(settings):
+        warn_once(line)
+    init_distributed(settings.dist.backend, distributed_port=distributed_port, timeout=settings.dist.timeout)
+    mesh, comm, device = join(settings, model)
     batch = settings.batch(comm.size)
-    policy = Policy.from_config(settings, device)
-    if "cpu" in (settings.zero.offload_optimizer, settings.zero.offload_param) and device.type == "cpu":
-        warn_once("offload to the CPU on a CPU run: everything is in host memory already, there is nothing to move")
-
-    runtime = ZeroRuntime(model, comm, policy, device, settings.train.seed)
+    runtime = ZeroRuntime(model, comm, Policy.from_config(settings, device, comm.size), device, settings.train.seed)
     inner = make_optimizer(optimizer, model, current(model_parameters, runtime), settings)
-    scaler = LossScaler(settings.loss_scale, enabled=settings.precision == "fp16")
     sharded = ZeroOptimizer(
         inner,
         runtime,
-        scaler=scaler,
+        scaler=LossScaler(settings.loss_scale, enabled=settings.precision == "fp16"),
         clip=settings.train.gradient_clipping,
         allow_untested=settings.zero.allow_untested_optimizer,
     )
     schedule = make_schedule(lr_scheduler, sharded, settings)
-    loader = (
-        None
-        if training_data is None
-        else make_loader(training_data, collate_fn, comm, batch.micro_batch_size, settings)
-    )
+    loader = make_loader(training_data, collate_fn, comm, batch.micro_batch_size, settings)
     if dist.get_rank() == 0:
         print(dtype_table(runtime), flush=True)
     engine = Engine(
@@ -129,6 +112,56 @@ def initialize(
     return engine, sharded, loader, schedule
 
 
+def init_distributed(
+    dist_backend: str | None = None,
+    auto_mpi_discovery: bool = True,
+    distributed_port: int | None = None,
+    verbose: bool = True,
+    timeout: float | timedelta = DEFAULT_TIMEOUT,
+    init_method: str | None = None,
+    dist_init_required: bool | None = None,
+    config: Any = None,
+    rank: int = -1,
+    world_size: int = -1,
+) -> None:
+    """Join the process group that `torchrun` describes in the environment; alone, form a group of one.
+
+    Args:
+        dist_backend: "nccl" or "gloo"; None picks nccl where a GPU is visible.
+        distributed_port: of the rendezvous, when the environment has no MASTER_PORT.
+        timeout: seconds (or a timedelta) after which a collective that a peer never joins is an error.
+        init_method, rank, world_size: refused, since they are torchrun's to say. The others are DeepSpeed's, and have
+            no meaning here.
+    """
+    if init_method is not None or rank >= 0 or world_size >= 0:
+        raise ValueError("init_distributed(init_method=, rank=, world_size=): torchrun's environment says these")
+    if distributed_port is not None:
+        os.environ.setdefault("MASTER_PORT", str(distributed_port))
+    join_processes(dist_backend, timeout.total_seconds() if isinstance(timeout, timedelta) else timeout)
+
+
+def join(settings: Config, model: nn.Module) -> tuple[DeviceMesh, Communicator, torch.device]:
+    """The mesh, the data-parallel axis and this rank's device, once all ranks have shown that they agree."""
+    parallel, timeout = settings.parallel, settings.dist.timeout
+    mesh = build_mesh(ParallelDims(dist.get_world_size(), tp=parallel.tp, pp=parallel.pp, cp=parallel.cp), timeout)
+    device = local_device()
+    if device.type == "cpu":
+        keep_freed_memory()
+        if "cpu" in (settings.zero.offload_optimizer, settings.zero.offload_param):
+            warn_once("offload to the CPU on a CPU run: everything is in host memory already, there is nothing to move")
+    # Compared over an axis without checks and with plain messages: those are settings too, and may be what differs.
+    compare_over_ranks(Communicator(mesh, "dp", CommLedger(), transport="messages", timeout=timeout), settings, model)
+    comm = Communicator(
+        mesh,
+        "dp",
+        CommLedger(),
+        check=settings.debug.collectives,
+        transport=settings.dist.transport,
+        timeout=timeout,
+    )
+    return mesh, comm, device
+
+
 def one_config(args: Any, config: ConfigSource | None, config_params: ConfigSource | None) -> ConfigSource:
     """The one place the settings were given. Raises ValueError when there is none, or more than one."""
     named = getattr(args, "deepspeed_config", None)
@@ -140,8 +173,9 @@ def one_config(args: Any, config: ConfigSource | None, config_params: ConfigSour
     return next(iter(present.values()))
 
 
-def compare_over_ranks(comm: Communicator, settings: Config, model: nn.Module, device: torch.device) -> None:
+def compare_over_ranks(comm: Communicator, settings: Config, model: nn.Module) -> None:
     """Raise ValueError on every rank when ranks were given different settings or models, saying what differs."""
+    device = local_device()
     lines = [f"{key} = {value}" for key, value in sorted(flatten(settings.model_dump(exclude={"run"})).items())]
     shapes = [
         f"parameter {n}: {tuple(p.shape)} {p.dtype} trainable={p.requires_grad}" for n, p in model.named_parameters()
@@ -182,7 +216,6 @@ def make_optimizer(optimizer: Any, model: nn.Module, model_parameters: Any, sett
     )
     if callable(optimizer):
         return optimizer(parameters)
-    optimizer_class(settings.optimizer.type)
     return build_optimizer(settings.optimizer, parameters)
 
 
@@ -210,8 +243,10 @@ def make_schedule(lr_scheduler: Any, optimizer: ZeroOptimizer, settings: Config)
 
 def make_loader(
     dataset: Any, collate_fn: Callable[..., Any] | None, comm: Communicator, micro_batch_size: int, settings: Config
-) -> DataLoader[Any]:
-    """Shuffled micro-batches of `dataset` for this data-parallel rank."""
+) -> DataLoader[Any] | None:
+    """Shuffled micro-batches of `dataset`, if there is one, for this data-parallel rank."""
+    if dataset is None:
+        return None
     sampler: DistributedSampler[Any] = DistributedSampler(
         dataset, num_replicas=comm.size, rank=comm.rank, shuffle=True, seed=settings.train.seed, drop_last=True
     )

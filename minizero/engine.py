@@ -11,6 +11,7 @@ which is exact for ragged batches where a mean of means is not.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from minizero.checkpoint.state import TrainingState, load_state, save_state
 from minizero.checkpoint.weights import save_weights
 from minizero.config import Config
 from minizero.config.batch import BatchSizes
+from minizero.config.deepspeed import to_deepspeed
 from minizero.dist.collectives import Communicator
 from minizero.observe.log import EngineLog
 from minizero.utils.warnings import warn_once
@@ -40,7 +42,7 @@ class Engine:
 
     Attributes:
         module: the model. optimizer: its sharded optimizer. lr_scheduler: stepped after each applied step, or None.
-        device, mesh, dp_rank, dp_size: where this rank runs. ledger: what has been communicated.
+        settings: the `Config`. device, mesh, dp_rank, dp_size: where this rank runs. ledger: counts communication.
         global_steps: boundaries passed. global_samples: sequences consumed. skipped_steps: of those steps, the skipped.
         micro_steps: backward passes.
     """
@@ -66,14 +68,13 @@ class Engine:
         self.mesh = mesh
         self.ledger = comm.ledger
         self.batch = batch
-        self.config = config
+        self.settings = config
         self.device = runtime.device
         self.dp_rank, self.dp_size = comm.rank, comm.size
         self.training_dataloader = dataloader
         self.global_steps = self.global_samples = self.skipped_steps = self.micro_steps = 0
         self.result: StepResult | None = None
         self.log = EngineLog(config.log, enabled=torch.distributed.get_rank() == 0)
-        self._window = Window()
         self._boundary: bool | None = None  # set by the user; None means the engine counts
         self._step_pending = False  # between a backward and its step
         self._synchronize = True
@@ -123,32 +124,56 @@ class Engine:
                 self.runtime.end_backward()
             except BaseException:
                 self.runtime.abort()
-                self._window = Window()
+                self.optimizer.window = Window()
                 raise
         self.micro_steps += 1
         return value.detach()
 
-    def step(self) -> None:
+    def step(self, lr_kwargs: None = None) -> None:
         """On the accumulation boundary: clip, update, gather, advance the schedule. Elsewhere nothing.
 
-        Raises FloatingPointError as `ZeroOptimizer.step_window` says.
+        Raises FloatingPointError as `ZeroOptimizer.step_window` says, RuntimeError when `loss.backward()` took the
+        place of `engine.backward(loss)`.
         """
+        if lr_kwargs:
+            raise ValueError("step(lr_kwargs=...) is not available: schedules depend on the step number alone")
         self._step_pending = False
+        if self._window.micro_batches == 0 and self.runtime.has_local_gradients:
+            raise RuntimeError("gradients were computed by loss.backward(): call engine.backward(loss) instead")
         if not self._at_boundary():
             return
         if self._window.micro_batches == 0:
             raise RuntimeError("step() without a backward() before it")
-        window, self._window = self._window, Window()
+        self._update(1.0)
+
+    def flush(self) -> None:
+        """Step with what a partial window holds, as if it were whole; nothing when it is empty. Call it on all ranks.
+
+        For the end of an epoch whose batches do not fill the last window. Mean losses were divided by the accumulation
+        steps as they came; here that is made up for, so the update is that of the mean over what there was.
+        """
+        micro_batches = self._window.micro_batches
+        if micro_batches:
+            self._step_pending = False
+            means = self._window.tokens is None and self._boundary is None
+            self._update(self.batch.accumulation / micro_batches if means else 1.0)
+
+    def _update(self, weight: float) -> None:
+        samples = self.batch.micro_batch_size * self.dp_size * self._window.micro_batches
         with self.ledger.phase("step"), self.log.timer("step"):
-            self.result = self.optimizer.step_window(window)
+            self.result = self.optimizer.step_window(weight)
         self.global_steps += 1
-        self.global_samples += self.batch.global_batch_size
+        self.global_samples += samples
         if self.result.applied:
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
         else:
             self.skipped_steps += 1
         self.log.step(self)
+
+    @property
+    def _window(self) -> Window:
+        return self.optimizer.window
 
     def _at_boundary(self) -> bool:
         """Whether the window that the last backward closed is full."""
@@ -172,11 +197,11 @@ class Engine:
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Keep whole gradients on this rank inside. Legal at every stage; costs their memory at stages 2 and 3."""
-        self._synchronize = False
+        outer, self._synchronize = self._synchronize, False
         try:
             yield
         finally:
-            self._synchronize = True
+            self._synchronize = outer
 
     # ---- whole batches ----
 
@@ -185,8 +210,13 @@ class Engine:
 
         A micro-batch is a dict (keyword arguments of the model), a tuple (positional) or a tensor; the model returns
         its loss, a pair (sum, count), or an object with `.loss`. Returns the 0-d float64 mean loss over the global
-        batch.
+        batch. An iterator that ends inside the window raises StopIteration: then `flush` or `zero_grad`.
         """
+        if self._window.micro_batches:
+            raise RuntimeError(
+                f"train_batch() with {self._window.micro_batches} micro-batches already in the window: call "
+                "engine.flush() to step with them, or engine.zero_grad() to drop them"
+            )
         iterator = self._training_iterator() if data_iter is None else data_iter
         self.module.train()
         for _ in range(self.batch.accumulation):
@@ -201,11 +231,13 @@ class Engine:
         was_training = self.module.training
         self.module.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for _ in range(self.batch.accumulation):
-            loss = loss_of(self._forward_batch(next(data_iter)))
-            value, count = loss if isinstance(loss, tuple) else (loss, torch.ones(()))
-            total += torch.stack([value.double().to(self.device), count.double().to(self.device)])
-        self.module.train(was_training)
+        try:
+            for _ in range(self.batch.accumulation):
+                loss = loss_of(self._forward_batch(next(data_iter)))
+                value, count = loss if isinstance(loss, tuple) else (loss, torch.ones(()))
+                total += torch.stack([value.double().to(self.device), count.double().to(self.device)])
+        finally:
+            self.module.train(was_training)
         with self.ledger.phase("eval"):
             summed = self.comm.gather_rows(total, "evaluation loss").sum(dim=0).cpu()
         return summed[0] / summed[1]
@@ -220,12 +252,12 @@ class Engine:
         if self.training_dataloader is None:
             raise ValueError("train_batch() needs an iterator, or training_data given to initialize()")
         if self._iterator is None:
-            self._iterator = forever(self.training_dataloader)
+            self._iterator = forever(self.training_dataloader, skip=self.micro_steps)
         return self._iterator
 
     def _to_compute(self, leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dtype == torch.float32 and self.config.precision != "fp32":
-            return leaf.to(DTYPES[self.config.precision])
+        if isinstance(leaf, Tensor) and leaf.dtype == torch.float32 and self.settings.precision != "fp32":
+            return leaf.to(DTYPES[self.settings.precision])
         return leaf
 
     # ---- what a script may ask ----
@@ -240,7 +272,7 @@ class Engine:
     def zero_grad(self) -> None:
         """Drop the running window and its gradients."""
         self.optimizer.zero_grad()
-        self._window = Window()
+        self._step_pending = False
 
     def get_global_grad_norm(self) -> float | None:
         """L2 norm of the last step's gradient over the whole model, before clipping; None before the first step."""
@@ -266,10 +298,10 @@ class Engine:
         return self.batch.accumulation
 
     def zero_optimization_stage(self) -> int:
-        return self.config.zero.stage
+        return self.settings.zero.stage
 
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
-        return self.config.zero.gather_16bit_weights_on_model_save
+        return self.settings.zero.gather_16bit_weights_on_model_save
 
     @property
     def loss_scale(self) -> float:
@@ -277,7 +309,7 @@ class Engine:
 
     @property
     def local_rank(self) -> int:
-        return self.device.index or 0
+        return int(os.environ.get("LOCAL_RANK", "0"))
 
     @property
     def global_rank(self) -> int:
@@ -294,6 +326,18 @@ class Engine:
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.module.parameters()
 
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.module.named_parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The model's; refused while its parameters are sharded (see `unsharded`)."""
+        return self.module.state_dict()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings in DeepSpeed's key names, batch sizes solved; `settings` has them in ours."""
+        return to_deepspeed(self.settings, self.batch)
+
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of model state on this rank by kind: parameters, masters, gradients, optimizer."""
         states = [
@@ -309,17 +353,19 @@ class Engine:
         tag: str | None = None,
         client_state: dict[str, Any] | None = None,
         save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
     ) -> bool:
         """Write everything that resuming needs to `save_dir/tag` (default `global_step{N}`); collective.
 
         Refused in the middle of an accumulation window, whose gradients are not part of a checkpoint.
         """
-        if self._window.micro_batches and not self._at_boundary():
+        if self._window.micro_batches:
             raise RuntimeError("save_checkpoint() in the middle of an accumulation window; call it after step()")
+        if exclude_frozen_parameters:
+            raise ValueError("exclude_frozen_parameters is not available: a checkpoint holds every parameter")
+        name = f"global_step{self.global_steps}" if tag is None else str(tag)
         with self.ledger.phase("checkpoint"):
-            save_state(
-                self._state(), Path(save_dir), tag or f"global_step{self.global_steps}", client_state or {}, save_latest
-            )
+            save_state(self._state(), Path(save_dir), name, client_state or {}, save_latest)
         return True
 
     def load_checkpoint(
@@ -347,11 +393,12 @@ class Engine:
                 scheduler=load_lr_scheduler_states and not load_module_only,
             )
             if path is not None:
+                self.zero_grad()
                 self.runtime.refresh()
         if path is not None and not load_module_only:
+            self._iterator = None
             self.global_steps, self.global_samples = counters["global_steps"], counters["global_samples"]
             self.skipped_steps, self.micro_steps = counters["skipped_steps"], counters["micro_steps"]
-        self._window = Window()
         return (str(path) if path else None), client_state
 
     def _state(self) -> TrainingState:
@@ -369,7 +416,7 @@ class Engine:
         At stage 3 this must have been allowed by `zero.gather_16bit_weights_on_model_save`; otherwise nothing is
         written and False is returned, as DeepSpeed does.
         """
-        if self.config.zero.stage == 3 and not self.config.zero.gather_16bit_weights_on_model_save:
+        if self.settings.zero.stage == 3 and not self.settings.zero.gather_16bit_weights_on_model_save:
             warn_once("save_16bit_model at stage 3 needs zero.gather_16bit_weights_on_model_save; nothing was written")
             return False
         with self.ledger.phase("checkpoint"):
@@ -377,7 +424,11 @@ class Engine:
         return True
 
     def destroy(self) -> None:
-        """Release sharded parameters' buffers and close log files."""
+        """Take our hooks off the model, drop gradients, close log files.
+
+        Below stage 3 the model is then an ordinary one; at stage 3 its parameters stay sharded, and it is of no use.
+        """
+        self.runtime.detach()
         self.log.close()
 
 
@@ -401,17 +452,20 @@ def loss_of(output: Any) -> Loss:
     return loss
 
 
-def forever(dataloader: Any) -> Iterator[Any]:
-    """The batches of `dataloader`, epoch after epoch."""
+def forever(dataloader: Any, skip: int = 0) -> Iterator[Any]:
+    """The batches of `dataloader`, epoch after epoch, without the first `skip`. Raises ValueError when it has none."""
     epoch = 0
     while True:
         sampler: Any = getattr(dataloader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
-        empty = True
+        count = 0
         for batch in dataloader:
-            empty = False
-            yield batch
-        if empty:
+            count += 1
+            if skip:
+                skip -= 1
+            else:
+                yield batch
+        if not count:
             raise ValueError("the training data loader is empty")
         epoch += 1

@@ -83,7 +83,7 @@ def run(resolved: Resolved) -> None:
             print("--train.steps and --checkpoint.resume latest.")
         return
     data = prepare_together(config)
-    minizero.init_distributed(config.dist.backend, config.dist.timeout)
+    minizero.init_distributed(config.dist.backend, timeout=config.dist.timeout)
     with torch.device("meta"):
         model = build(config.model, data.tokenizer.vocab_size, config.train.sequence_length)
     if config.log.tensorboard.dir is None:

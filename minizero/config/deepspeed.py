@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from minizero.config.batch import BatchSizes
 from minizero.config.build import build
 from minizero.config.errors import ConfigError
 from minizero.config.files import decode_base64, read_tree
@@ -654,6 +655,27 @@ def _log(reader: Reader) -> Pairs:
     yield "log.tensorboard.enabled", enabled
     yield "log.tensorboard.dir", reader.get("tensorboard.output_path") or None
     yield "log.tensorboard.job_name", reader.get("tensorboard.job_name", "DeepSpeedJobName" if enabled else None)
+
+
+def to_deepspeed(config: Config, batch: BatchSizes) -> Tree:
+    """The main settings under DeepSpeed's names, for scripts that read `engine.config`."""
+    zero, scale = config.zero, config.loss_scale
+    return {
+        "train_batch_size": batch.global_batch_size,
+        "train_micro_batch_size_per_gpu": batch.micro_batch_size,
+        "gradient_accumulation_steps": batch.accumulation,
+        "gradient_clipping": config.train.gradient_clipping,
+        "fp16": {"enabled": config.precision == "fp16", "loss_scale": scale.static},
+        "bf16": {"enabled": config.precision == "bf16"},
+        "zero_optimization": {
+            "stage": zero.stage,
+            "offload_optimizer": {"device": zero.offload_optimizer},
+            "offload_param": {"device": zero.offload_param},
+            "stage3_gather_16bit_weights_on_model_save": zero.gather_16bit_weights_on_model_save,
+        },
+        "steps_per_print": config.log.every,
+        "wall_clock_breakdown": config.log.wall_clock_breakdown,
+    }
 
 
 # ------------------------------------------------------------------------------- optimizers and schedules

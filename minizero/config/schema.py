@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from minizero.config import optimizers
 from minizero.config.batch import BatchSizes, solve
 from minizero.config.schedules import check_params
 
@@ -116,6 +117,11 @@ class OptimizerConfig(Section):
                 raise ValueError(f"{name} has its own setting, optimizer.{name}")
         return params
 
+    @model_validator(mode="after")
+    def _params_fit_type(self) -> OptimizerConfig:
+        optimizers.check_params(self.type, self.weight_decay, self.params)
+        return self
+
 
 class SchedulerConfig(Section):
     type: Literal["none", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"] = "none"
@@ -159,9 +165,10 @@ class ZeroConfig(Section):
     accumulation_dtype: Dtype = "fp32"
     """Dtype in which gradients are summed and accumulated."""
     prescale_gradients: bool = False
-    """Divide gradients before the reduction instead of after it."""
+    """Divide gradients by the data-parallel size before the reduction instead of after it."""
     gradient_predivide_factor: float = Field(1.0, gt=0)
-    """With `prescale_gradients`: divide by this before reducing, by the rest of the data-parallel size after."""
+    """Divide gradients by this before the reduction, by the rest of the data-parallel size after it; not with
+    `prescale_gradients`."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """`cpu`: keep fp32 masters and moments in pinned host memory and update them there."""
     offload_param: Literal["none", "cpu"] = "none"

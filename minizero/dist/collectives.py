@@ -28,6 +28,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import groupby
 
 import torch
@@ -116,7 +117,8 @@ class Communicator:
         # Gathers and reductions are each called in one order on all ranks, but not in one order together.
         self._reduce_group = self.group
         if self.transport is None and self.size > 1:
-            self._reduce_group = dist.new_group(self._ranks, use_local_synchronization=True)
+            limit = timedelta(seconds=timeout)
+            self._reduce_group = dist.new_group(self._ranks, timeout=limit, use_local_synchronization=True)
 
     # ---- whole buffers and shards ----
 

@@ -39,6 +39,9 @@ def init_distributed(dist_backend: str | None = None, timeout: float = DEFAULT_T
     if dist.is_initialized():
         return
     backend = dist_backend or ("nccl" if device.type == "cuda" else "gloo")
+    if not dist.is_backend_available(backend) or (backend == "nccl" and device.type != "cuda"):
+        legal = "gloo, nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+        raise ValueError(f"dist.backend {backend!r} is not available on this machine; legal here: {legal}")
     limit = timedelta(seconds=timeout)
     if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minizero.zero.runtime import RUNTIMES, ZeroRuntime
+from minizero.zero.runtime import RUNTIMES, ZeroRuntime, runtime_of
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def unsharded(model: nn.Module) -> Iterator[nn.Module]:
     `GatheredParameters(..., modifier_rank=0)` to keep them). Below stage 3, and for models that minizero does not
     know, there is nothing to do.
     """
-    runtime = RUNTIMES.get(model)
+    runtime = runtime_of(model)
     if runtime is None:
         yield model
         return
@@ -42,9 +42,17 @@ def GatheredParameters(
         modifier_rank: the data-parallel rank whose changes are kept, on every rank and in the masters; None keeps none.
         fwd_module: accepted and not needed: forwards find their parameters by unit.
         enabled: False makes this a no-op.
+
+    Raises ValueError for parameters built under `Init` that `minizero.initialize` has not filled in yet.
     """
     wanted = [params] if isinstance(params, nn.Parameter) else list(params)
-    runtimes = [runtime for runtime in set(RUNTIMES.values()) if enabled and _holds(runtime, wanted)]
+    if enabled and any(parameter.is_meta for parameter in wanted):
+        raise ValueError(
+            "GatheredParameters of parameters that have no values yet: give their module reset_parameters(), or set "
+            "them after minizero.initialize"
+        )
+    known = {runtime for model in list(RUNTIMES) if (runtime := runtime_of(model)) is not None}
+    runtimes = [runtime for runtime in known if enabled and _holds(runtime, wanted)]
     with contexts(runtimes, modifier_rank):
         yield
 
@@ -74,8 +82,9 @@ def Init(
 ) -> Iterator[None]:
     """DeepSpeed's `zero.Init`: modules built inside take no memory; `minizero.initialize` fills in each rank's shards.
 
-    Values come from each module's own initializer, run then (see `zero.materialize`); a constructor that sets values by
-    hand outside `reset_parameters` is found by `initialize` and refused. The configurations are not needed here.
+    Values come from each module's own initializer, run then (see `zero.materialize`). What a constructor sets by hand
+    after it, such as `nn.init.zeros_(self.out.weight)`, leaves no trace on the meta device and is lost: write it into
+    the module's `reset_parameters`, or the model's `_init_weights`. The configurations are not needed here.
     """
     if module is not None:
         raise ValueError(

@@ -48,7 +48,8 @@ class FlatGroup:
         self.frees_whole = policy.shards_parameters and world > 1
         self.owned_ranks = (rank,) if policy.shards_optimizer else tuple(range(world))
         self.grad: Tensor | None = None
-        self.nan = torch.full((), float("nan"), dtype=self.dtype, device=device)
+        self.nothing = float("nan") if self.dtype.is_floating_point else 0
+        self.nan = torch.full((), self.nothing, dtype=self.dtype, device=device)
         self._allocate(device, policy)
 
     def _allocate(self, device: torch.device, policy: Policy) -> None:
@@ -150,7 +151,7 @@ class FlatGroup:
 
     def point_at_nothing(self) -> None:
         """Free the whole buffer; parameters keep their shape but read as NaN."""
-        self.nan.fill_(float("nan"))  # zero_() and fill_() of an expanded tensor do not raise, they write the scalar
+        self.nan.fill_(self.nothing)  # zero_() and fill_() of an expanded tensor do not raise, they write the scalar
         for parameter in self.parameters:
             parameter.data = self.nan.expand(parameter.shape)
         self._empty_storage()

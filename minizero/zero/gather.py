@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from minizero.dist.collectives import Communicator
 from minizero.zero.graph import MadeBy, next_number
@@ -71,20 +72,20 @@ class ParameterGatherer:
         self._made_by: MadeBy[Unit] = MadeBy()
         self._began: dict[Unit, int] = {}  # number of the next autograd node when the unit's forward began
         self._watcher: ReadWatcher | None = None
-        self._register_hooks()
+        self.hooks = list(self._register_hooks())
 
     # ---- hooks ----
 
-    def _register_hooks(self) -> None:
-        self.root.module.register_forward_pre_hook(self._before_root)
-        self.root.module.register_forward_hook(self._after_root, always_call=True)
+    def _register_hooks(self) -> Iterator[RemovableHandle]:
+        yield self.root.module.register_forward_pre_hook(self._before_root)
+        yield self.root.module.register_forward_hook(self._after_root, always_call=True)
         for unit in self.units[1:]:
-            unit.module.register_forward_pre_hook(self._before_unit(unit), with_kwargs=True)
-            unit.module.register_forward_hook(self._after_unit(unit), always_call=True)
+            yield unit.module.register_forward_pre_hook(self._before_unit(unit), with_kwargs=True)
+            yield unit.module.register_forward_hook(self._after_unit(unit), always_call=True)
         root_parameters = {p for group in self.root.groups for p in group.parameters}
         for module in self.root.module.modules():
             if module is not self.root.module and root_parameters & set(module.parameters(recurse=False)):
-                module.register_forward_pre_hook(self._before_part_of_root)
+                yield module.register_forward_pre_hook(self._before_part_of_root)
 
     def _before_root(self, module: nn.Module, args: Any) -> None:
         if self._suspended or self.backward_active:

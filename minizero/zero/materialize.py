@@ -68,10 +68,12 @@ def initialize_module(
     for key, parameter in shared.items():
         poison = torch.full(parameter.shape, float("nan"), dtype=parameter.dtype, device=device)
         module._parameters[key] = nn.Parameter(poison, parameter.requires_grad)
+    unset: dict[str, tuple[Tensor, int]] = {}  # buffers that the initializer must fill, and their version before it
     for key, buffer in module.named_buffers(recurse=False):
         if buffer.is_meta:
             empty = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
             module._buffers[key] = empty.fill_(float("nan")) if empty.is_floating_point() else empty.zero_()
+            unset[key] = empty, empty._version
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(module_seed(seed, name))
@@ -81,7 +83,9 @@ def initialize_module(
         module._parameters.update(shared)
     for key, value in [*filled.items(), *module.named_buffers(recurse=False)]:
         assert value is not None
-        if value.is_floating_point() and bool(value.isnan().any()):
+        before, version = unset.get(key, (None, 0))
+        untouched = value is before and value._version == version and value.numel() > 0
+        if untouched or (value.is_floating_point() and bool(value.isnan().any())):
             raise ValueError(f"{type(module).__name__} {name!r}: its initializer leaves {key!r} unset or NaN")
     for key, value in filled.items():
         assert value is not None

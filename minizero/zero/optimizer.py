@@ -4,8 +4,8 @@ Any element-wise torch optimizer works inside: its param groups are rewritten in
 1-D slices of this rank's fp32 masters. Options such as weight decay stay with the slices, and schedulers that were
 given the optimizer go on working.
 
-The global norm is one routine for every layout: each rank sums the squares of *its own* slices (rows of 4096 in the
-accumulation dtype, the rows in float64), all ranks gather the sums and add them in rank order. The same exchange
+The global norm is one routine for every layout: each rank sums the squares of *its own* slices (rows of 4096 in fp32,
+the rows in float64), all ranks gather the sums and add them in rank order. The same exchange
 carries token counts and losses, so a step has one small collective.
 """
 
@@ -24,7 +24,7 @@ from minizero.optim.loss_scale import LossScaler
 from minizero.utils.warnings import warn_once
 from minizero.zero.runtime import ZeroRuntime
 
-NORM_ROW = 4096  # elements summed in the gradient's own dtype before float64 takes over
+NORM_ROW = 4096  # elements summed in fp32 (or wider gradients' dtype) before float64 takes over
 MAX_SKIPS = 3  # consecutive steps with non-finite gradients, once no lower loss scale is left to try
 
 
@@ -93,11 +93,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.overflow = False
         self.offloaded_bytes = 0  # moved between host and device by the last step
         self.skips_in_a_row = 0
+        self.window = Window()
         refuse_unfit(inner, allow_untested)
         self._shard_param_groups()
         super().__init__(inner.param_groups, inner.defaults)
         self.param_groups = inner.param_groups
         self.state = inner.state
+        self.is_complete = True
 
     def _shard_param_groups(self) -> None:
         """Replace each group's parameters by this rank's slices of them, in flat order."""
@@ -143,17 +145,29 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         raise RuntimeError("call engine.step(): it knows the accumulation window this step belongs to")
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "is_complete"):
+            raise RuntimeError("param groups are sharded once, by minizero.initialize: give it all of them")
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        raise RuntimeError("the optimizer's state is this rank's shards: engine.save_checkpoint(dir) saves it")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        raise RuntimeError("the optimizer's state is this rank's shards: engine.load_checkpoint(dir) loads it")
+
     @torch.no_grad()
-    def step_window(self, window: Window) -> StepResult:
-        """One optimizer step over everything that `window` accumulated; collective.
+    def step_window(self, weight: float = 1.0) -> StepResult:
+        """One optimizer step over the window's gradients, times `weight`; the window is empty after it; collective.
 
         Raises FloatingPointError on every rank when the loss is not finite (outside fp16), or when gradients were not
         finite several steps in a row; parameters and optimizer state are then untouched.
         """
+        window, self.window = self.window, Window()
         self.runtime.finish_gradients()
         squares, tokens, losses = self._exchange(window)
         divisor = tokens if window.tokens is not None else float(self.runtime.comm.size)
-        factor = self.runtime.policy.predivide / self.scaler.scale / max(divisor, 1.0)
+        factor = weight * self.runtime.policy.predivide / self.scaler.scale / max(divisor, 1.0)
         norm = math.sqrt(sum(squares)) * factor if all(map(math.isfinite, squares)) else math.nan
         count = tokens if window.tokens is not None else self.runtime.comm.size * max(window.micro_batches, 1)
         result = StepResult(math.isfinite(norm), norm, sum(losses) / max(count, 1.0), int(tokens))
@@ -205,10 +219,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _update(self, factor: float) -> int:
         """Scale this rank's gradients and let the inner optimizer update its slices; bytes moved between devices."""
         moved = 0
-        views = {id(group): group.grad_views() for group in self.runtime.groups if group.grad is not None}
         for group in self.runtime.groups:
-            if group.grad is not None and factor != 1.0:
+            if group.grad is not None and group.master is not None:
+                group.grad = group.grad.to(group.master.dtype)  # before it is scaled down, out of fp16's range
                 group.grad.mul_(factor)
+        views = {id(group): group.grad_views() for group in self.runtime.groups if group.grad is not None}
         for piece, group, place in self.slices:
             gradient = views[id(group)][place]
             piece.grad = gradient.to(device=piece.device, dtype=piece.dtype)
@@ -217,16 +232,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return moved
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop every gradient of the running window."""
+        """Drop the running window and its gradients."""
+        self.window = Window()
         self.runtime.drop_gradients()
 
 
 def squared_norm(values: Tensor) -> Tensor:
     """Sum of squares as a float64 scalar."""
-    rows = values.numel() // NORM_ROW
+    rows, wide = values.numel() // NORM_ROW, torch.promote_types(values.dtype, torch.float32)
     head, tail = values[: rows * NORM_ROW].view(rows, NORM_ROW), values[rows * NORM_ROW :]
-    whole = torch.linalg.vector_norm(head, dim=1).double().square().sum()
-    return whole + torch.linalg.vector_norm(tail).double().square()
+    whole = torch.linalg.vector_norm(head, dim=1, dtype=wide).double().square().sum()
+    return whole + torch.linalg.vector_norm(tail, dtype=wide).double().square()
 
 
 def refuse_unfit(inner: torch.optim.Optimizer, allow_untested: bool) -> None:

@@ -41,8 +41,8 @@ class Policy:
     watch_reads: bool = False
 
     @classmethod
-    def from_config(cls, config: Config, device: torch.device) -> Policy:
-        """What the settings mean on this device."""
+    def from_config(cls, config: Config, device: torch.device, dp_size: int) -> Policy:
+        """What the settings mean on this device, for `dp_size` data-parallel ranks."""
         zero = config.zero
         local = zero.accumulation == "local" or (zero.accumulation == "auto" and zero.stage < 2)
         on_gpu = device.type == "cuda"
@@ -54,7 +54,7 @@ class Policy:
             local_accumulation=local,
             overlap=on_gpu if zero.overlap == "auto" else zero.overlap,
             prefetch=zero.prefetch,
-            predivide=zero.gradient_predivide_factor if zero.prescale_gradients else 1.0,
+            predivide=float(dp_size) if zero.prescale_gradients else zero.gradient_predivide_factor,
             offload_optimizer=zero.offload_optimizer == "cpu" and on_gpu,
             offload_parameters=zero.offload_param == "cpu" and on_gpu,
             watch_reads=config.debug.collectives,

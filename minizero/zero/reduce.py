@@ -47,9 +47,7 @@ class GradientReducer:
         self._reduces = False
         self._next = 0
         self._in_flight: list[Unit] = []
-        for unit in units:
-            for parameter in unit.trainable:
-                parameter.register_post_accumulate_grad_hook(self._hook(unit))
+        self.hooks = [p.register_post_accumulate_grad_hook(self._hook(unit)) for unit in units for p in unit.trainable]
 
     def set_forward_order(self, units: list[Unit]) -> None:
         """Take the agreed order of the forward pass (root left out)."""
@@ -135,4 +133,3 @@ class GradientReducer:
     def _drain(self, leave: int) -> None:
         while len(self._in_flight) > leave:
             self._in_flight.pop(0).finish_reduce()
-

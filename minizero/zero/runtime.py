@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from minizero.dist.collectives import Communicator
 from minizero.dist.sharding import ShardSpec, whole_box
@@ -29,8 +30,14 @@ from minizero.zero.unit import Unit
 from minizero.zero.units import find_units
 
 # Finds the runtime of a model for `unsharded(model)` and `GatheredParameters(params)`, which DeepSpeed's users call
-# without an engine at hand. Entries die with their key.
-RUNTIMES: WeakKeyDictionary[nn.Module, ZeroRuntime] = WeakKeyDictionary()
+# without an engine at hand. Both ends are weak: a table is no reason for a model to stay.
+RUNTIMES: WeakKeyDictionary[nn.Module, ref[ZeroRuntime]] = WeakKeyDictionary()
+
+
+def runtime_of(model: nn.Module) -> ZeroRuntime | None:
+    """The runtime that shards `model`, if one does."""
+    found = RUNTIMES.get(model)
+    return found() if found is not None else None
 
 
 class ZeroRuntime:
@@ -42,7 +49,7 @@ class ZeroRuntime:
         policy: stage, dtypes, overlap.
         seed: of the initialization of meta parameters.
 
-    Raises ValueError when the model has no trainable parameter, or one that cannot be initialized.
+    Raises ValueError when the model has no trainable parameter, one that cannot be initialized, or an engine already.
     """
 
     def __init__(
@@ -50,6 +57,8 @@ class ZeroRuntime:
     ) -> None:
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{type(model).__name__} has no trainable parameter")
+        if runtime_of(model) is not None:
+            raise ValueError(f"this {type(model).__name__} has an engine already; engine.destroy() sets it free")
         self.model = model
         self.comm = comm
         self.policy = policy
@@ -67,8 +76,8 @@ class ZeroRuntime:
                 watch_reads=policy.watch_reads,
                 on_order=self.reducer.set_forward_order,
             )
-        self._guard_state_dict()
-        RUNTIMES[model] = self
+        self._guards = list(self._guard_state_dict())
+        RUNTIMES[model] = ref(self)
 
     @property
     def groups(self) -> list[FlatGroup]:
@@ -154,6 +163,19 @@ class ZeroRuntime:
         for unit in self.units:
             unit.drop_gradients()
 
+    @property
+    def has_local_gradients(self) -> bool:
+        """Whether any parameter holds a gradient that was not reduced."""
+        return any(unit.has_local_gradients for unit in self.units)
+
+    def detach(self) -> None:
+        """Take the hooks off the model. Below stage 3 it may then be given to another engine."""
+        for handle in [*self.reducer.hooks, *self._guards, *(self.gatherer.hooks if self.gatherer else [])]:
+            handle.remove()
+        self.drop_gradients()
+        if self.gatherer is None:
+            RUNTIMES.pop(self.model, None)
+
     # ---- whole parameters ----
 
     def unsharded(self) -> AbstractContextManager[None]:
@@ -183,7 +205,7 @@ class ZeroRuntime:
                 unit.release()
         self.comm.settle()
 
-    def _guard_state_dict(self) -> None:
+    def _guard_state_dict(self) -> Iterator[RemovableHandle]:
         def refuse(module: nn.Module, prefix: str, keep_vars: bool) -> None:
             if self.gatherer is not None and any(unit.state.name != "WHOLE" for unit in self.units):
                 raise RuntimeError(
@@ -193,7 +215,7 @@ class ZeroRuntime:
 
         for module in self.model.modules():
             if next(module.parameters(recurse=False), None) is not None:
-                module.register_state_dict_pre_hook(refuse)
+                yield module.register_state_dict_pre_hook(refuse)
 
     # ---- what is held where ----
 
