@@ -12,6 +12,7 @@ deadlock: a unit is gathered before it is reduced, on every rank, whichever of t
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -93,22 +94,30 @@ class GradientReducer:
             unit.pending = set()
 
     def _hook(self, unit: Unit) -> Callable[[Tensor], None]:
+        """What a parameter calls when its gradient is there. Weak: the garbage collector does not see into hooks."""
+        reducer_ref, unit_ref = ref(self), ref(unit)
+
         def gradient_arrived(parameter: Tensor) -> None:
+            reducer, unit = reducer_ref(), unit_ref()
             assert isinstance(parameter, nn.Parameter)
-            if unit.reduced and self.active:
-                raise RuntimeError(
-                    f"unit {unit.name} got a gradient after it was reduced: a re-entrant checkpoint runs backward in "
-                    "parts. Use torch.utils.checkpoint with use_reentrant=False."
-                )
-            with torch.no_grad():
-                if not self._reduces or self.policy.local_accumulation:
-                    self._accumulate_locally(unit, parameter)
-            unit.pending.discard(parameter)
-            if self.active and not unit.pending:
-                self.on_unit_done(unit)
-                self._advance()
+            if reducer is not None and unit is not None:
+                reducer._gradient_arrived(unit, parameter)
 
         return gradient_arrived
+
+    def _gradient_arrived(self, unit: Unit, parameter: nn.Parameter) -> None:
+        if unit.reduced and self.active:
+            raise RuntimeError(
+                f"unit {unit.name} got a gradient after it was reduced: a re-entrant checkpoint runs backward in "
+                "parts. Use torch.utils.checkpoint with use_reentrant=False."
+            )
+        with torch.no_grad():
+            if not self._reduces or self.policy.local_accumulation:
+                self._accumulate_locally(unit, parameter)
+        unit.pending.discard(parameter)
+        if self.active and not unit.pending:
+            self.on_unit_done(unit)
+            self._advance()
 
     def _accumulate_locally(self, unit: Unit, parameter: nn.Parameter) -> None:
         # A single micro-batch is reduced as it is; the wide copy begins with the first one that has to wait.
