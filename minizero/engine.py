@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map
 
-from minizero.checkpoint.state import TrainingState, load_state, save_state
+from minizero.checkpoint.load import load_state
+from minizero.checkpoint.save import save_state
+from minizero.checkpoint.state import TrainingState, everyone
 from minizero.checkpoint.weights import save_weights
 from minizero.config import Config
 from minizero.config.batch import BatchSizes
@@ -420,7 +422,8 @@ class Engine:
             warn_once("save_16bit_model at stage 3 needs zero.gather_16bit_weights_on_model_save; nothing was written")
             return False
         with self.ledger.phase("checkpoint"):
-            save_weights(self.runtime, self.module, Path(save_dir) / Path(save_filename).with_suffix(".safetensors"))
+            path = Path(save_dir) / Path(save_filename).with_suffix(".safetensors")
+            everyone(self.comm, self.device, lambda: save_weights(self.runtime, self.module, path))
         return True
 
     def destroy(self) -> None:

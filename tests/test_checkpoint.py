@@ -10,11 +10,14 @@ import torch
 import torch.distributed as dist
 from harness import DistributedError, run_distributed
 from safetensors.torch import load_file
+from torch import nn
 from toys import batches, make
 from training import micro_batches, settings, whole_weights
 
 import minizero
 from minizero.checkpoint import CheckpointError
+from minizero.checkpoint.state import check_complete
+from minizero.optim.build import ELEMENT_WISE
 
 SCHEDULE = {"type": "WarmupDecayLR", "params": {"total_num_steps": 20, "warmup_num_steps": 3, "warmup_max_lr": 3e-3}}
 
@@ -102,7 +105,7 @@ def save_in_vain(folder: str) -> None:
     engine.save_checkpoint(folder)
     run(engine, 1, 2)
     error = OSError(28, "No space left on device") if dist.get_rank() == 1 else None
-    with mock.patch("minizero.checkpoint.state.sync_file", side_effect=error):
+    with mock.patch("minizero.checkpoint.save.sync_file", side_effect=error):
         with pytest.raises(CheckpointError, match="rank 1: OSError.*No space left"):
             engine.save_checkpoint(folder)
 
@@ -116,6 +119,89 @@ def test_another_layout_is_refused(tmp_path):
     run_distributed(save_twice, 2, str(tmp_path))
     with pytest.raises(DistributedError, match="saved by 2 data-parallel ranks, this run has 4"):
         run_distributed(load_only, 4, str(tmp_path))
+
+
+def run_optimizer(folder: str, name: str) -> bool:
+    config = settings(2, 2, optimizer={"type": name, "lr": 1e-3, "weight_decay": 0.0})
+    straight, resumed = (minizero.initialize(model=make("toy"), config=config)[0] for _ in range(2))
+    run(straight, 0, 2)
+    run(resumed, 0, 1)  # state that loading replaces
+    straight.save_checkpoint(folder, tag=name)
+    resumed.load_checkpoint(folder, tag=name)
+    return [x[:2] for x in run(straight, 2, 4)] == [x[:2] for x in run(resumed, 2, 4)]
+
+
+def test_the_state_of_every_optimizer_comes_back(tmp_path):
+    for name in ELEMENT_WISE:
+        assert all(run_distributed(run_optimizer, 2, str(tmp_path), name)), name
+
+
+class Resized(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, width), nn.Linear(width, 1)
+        self.register_buffer("seen", torch.zeros(2))
+
+    def forward(self, x):
+        return self.down(self.up(x)).mean()
+
+
+def save_then_load_into(folder: str, width: int, kind: str) -> list[bool]:
+    engine = minizero.initialize(model=Resized(8), config=settings(1, 2))[0]
+    engine.save_checkpoint(folder, tag=7)
+    model = Resized(width)
+    if kind == "buffer":
+        model.seen = torch.zeros(3)
+    other = settings(1, 2, optimizer={"type": "SGD" if kind == "optimizer" else "AdamW"})
+    engine = minizero.initialize(model=model, config=other)[0]
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(CheckpointError, match=MISFITS[kind]):
+        engine.load_checkpoint(folder, tag=7)
+    return [torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+
+
+MISFITS = {
+    "parameter": r"parameter 'down.weight' has shape \(1, 8\), this run's has \(1, 4\)",
+    "buffer": r"buffer 'seen' has shape \(2,\), this run's has \(3,\)",
+    "optimizer": "holds the state of AdamW, this run has SGD",
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path, kind):
+    width = 4 if kind == "parameter" else 8
+    assert all(map(all, run_distributed(save_then_load_into, 2, str(tmp_path), width, kind)))
+
+
+def save_under_two_names(folder: str) -> None:
+    build(1).save_checkpoint(folder, tag=f"t{dist.get_rank()}")
+
+
+def test_ranks_must_agree_on_the_tag(tmp_path):
+    with pytest.raises(DistributedError, match="different tags for one checkpoint: t0, t1") as caught:
+        run_distributed(save_under_two_names, 2, str(tmp_path))
+    assert len(caught.value.failures) == 2 and not list(tmp_path.iterdir())
+
+
+def test_missing_elements_are_found():
+    entry = {"kind": "master", "name": "w", "shape": [2, 3]}
+    whole = [{"entries": [{**entry, "start": 0, "stop": 4}]}, {"entries": [{**entry, "start": 4, "stop": 6}]}]
+    check_complete(whole)
+    for bad in (whole[:1], whole[1:], [*whole, whole[0]]):
+        with pytest.raises(CheckpointError, match="master of w"):
+            check_complete(bad)
+
+
+def export_in_vain(folder: str) -> None:
+    engine = minizero.initialize(model=make("toy"), config=settings(1, 2))[0]
+    engine.save_16bit_model(folder)
+
+
+def test_an_export_that_fails_is_an_error_on_every_rank(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DistributedError, match="rank 0: .*Error") as caught:
+        run_distributed(export_in_vain, 2, str(tmp_path / "file"))
+    assert len(caught.value.failures) == 2
 
 
 def export(folder: str, allowed: bool) -> tuple[bool, dict]:
