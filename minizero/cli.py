@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import platform
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +19,9 @@ import torch
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from minizero.config import ConfigError
+from minizero.config.load import load
 
 PACKAGES = ("minizero", "torch", "numpy", "pydantic", "tokenizers", "safetensors", "transformers", "deepspeed")
 
@@ -29,26 +34,55 @@ def main(arguments: list[str] | None = None) -> int:
     train = verbs.add_parser("train", help="show the torchrun line for a config, or run it", allow_abbrev=False)
     train.add_argument("config", help="TOML or JSON file; further --a.b VALUE override its settings")
     train.add_argument("--nproc", help="run on this many processes here; `auto`: one per GPU, or 2 on CPUs")
+    train.add_argument("--json", action="store_true", help="print one JSON object: the summary of the run, or the line")
 
     doctor = verbs.add_parser("doctor", help="show versions, devices and backends")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
 
     known, overrides = parser.parse_known_args(arguments)
     if known.verb == "train":
-        return train_verb(known.config, known.nproc, overrides)
+        return train_verb(known.config, known.nproc, known.json, overrides)
     if overrides:
         parser.error(f"unknown arguments: {' '.join(overrides)}")
     return doctor_verb(known.json)
 
 
-def train_verb(config: str, nproc: str | None, overrides: list[str]) -> int:
+def train_verb(config: str, nproc: str | None, as_json: bool, overrides: list[str]) -> int:
     """Print the torchrun line, or with `nproc` run it; returns the exit code."""
     processes = default_processes() if nproc in (None, "auto") else _positive(nproc)
-    if multiplies_bf16_fast() and not any(o.split("=")[0] == "--precision" for o in overrides):
-        overrides = ["--precision", "bf16", *overrides]
+    try:
+        resolved = load(config, overrides)
+    except ConfigError:
+        pass  # the run says it, as it says all else
+    else:
+        if multiplies_bf16_fast() and resolved.origins["precision"] == "default":
+            overrides = ["--precision", "bf16", *overrides]
     arguments = ["--standalone", "--nproc-per-node", str(processes), "-m", "minizero.train", config, *overrides]
-    print(shlex.join(["torchrun", *arguments]), flush=True)
-    return 0 if nproc is None else launch(arguments, processes)
+    line = shlex.join(["torchrun", *arguments])
+    if nproc is None:
+        print(json.dumps({"command": line}) if as_json else line)
+        return 0
+    if not as_json:
+        print(line, flush=True)
+        return launch(arguments, processes)
+    with contextlib.redirect_stdout(sys.stderr), everything_to_stderr():
+        code = launch(arguments, processes)
+    summary = Path(resolved.config.run.dir) / "summary.json" if code == 0 else None
+    print(json.dumps({"command": line, "exit_code": code, **(json.loads(summary.read_text()) if summary else {})}))
+    return code
+
+
+@contextlib.contextmanager
+def everything_to_stderr() -> Iterator[None]:
+    """What child processes print goes to stderr: stdout is for the one JSON object."""
+    sys.stdout.flush()
+    before = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
 
 
 def default_processes() -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from minizero.checkpoint.weights import save_weights
 from minizero.config import Config
 from minizero.config.batch import BatchSizes
 from minizero.config.deepspeed import to_deepspeed
-from minizero.dist.collectives import Communicator
+from minizero.dist.collectives import CollectiveError, Communicator
 from minizero.observe.log import EngineLog
 from minizero.utils.warnings import warn_once
 from minizero.zero.optimizer import StepResult, Window, ZeroOptimizer
@@ -89,8 +89,9 @@ class Engine:
         with self.ledger.phase("forward" if self.module.training else "eval"), self.log.timer("forward"):
             try:
                 return self.module(*tree_map(self._to_compute, args), **tree_map(self._to_compute, kwargs))
-            except BaseException:
-                self.runtime.unwind()
+            except Exception:  # not an interrupt: unwinding waits for peers, which are being interrupted too
+                with suppress(CollectiveError):  # the first one says more
+                    self.runtime.unwind()
                 raise
 
     forward = __call__
@@ -124,9 +125,10 @@ class Engine:
                 self.runtime.begin_backward(value, boundary=boundary, sync=self._synchronize)
                 (value * self.optimizer.scaler.scale).backward(retain_graph=retain_graph)
                 self.runtime.end_backward()
-            except BaseException:
-                self.runtime.abort()
+            except Exception:
                 self.optimizer.window = Window()
+                with suppress(CollectiveError):
+                    self.runtime.abort()
                 raise
         self.micro_steps += 1
         return value.detach()

@@ -8,38 +8,34 @@ Everything a run leaves is in `run.dir`: `config.json` (each value with its orig
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import signal
 import sys
 import time
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from types import FrameType
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 import minizero
 from minizero.checkpoint import CheckpointError
-from minizero.checkpoint.files import LATEST, prune, write_atomically
-from minizero.config import Config, ConfigError
-from minizero.config.load import Resolved, help_text, load, read_resolved, save_resolved
+from minizero.config import Config
+from minizero.config.load import Resolved, help_text, load, save_resolved
 from minizero.data.corpus import open_corpus
-from minizero.data.loader import EvaluationLoader, TokenLoader
+from minizero.data.loader import TokenLoader
 from minizero.data.prepared import PreparedData, cache_key, prepare
 from minizero.models import build
-from minizero.observe.figures import draw_loss_curve
-from minizero.observe.metrics import MetricsWriter, read_metrics
+from minizero.observe.metrics import MetricsWriter
 from minizero.observe.progress import Progress
-from minizero.observe.summary import RunSummary, compressed_bits_per_byte, print_summary
+from minizero.report import bits_per_byte, report
+from minizero.run_folder import checkpoint_folder, finished_steps, save
+from minizero.zero.materialize import module_seed
 
-PROMPT, SAMPLE_TOKENS, TEMPERATURE = "import ", 80, 0.7
-MAY_CHANGE = ("run.", "checkpoint.", "log.", "debug.", "dist.", "train.time_limit", "train.eval_every")
-EXPECTED = (ValueError, CheckpointError, minizero.CollectiveError, FloatingPointError)
+EXPECTED = (ValueError, OSError, CheckpointError, minizero.CollectiveError, FloatingPointError)
+HEAD_START = 4.0  # seconds in which rank 0 says what all ranks have to say
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,10 +56,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def fail(message: str, code: int) -> int:
-    """Print `message`: every rank that has one of its own says it, but what all say is said once, by rank 0."""
-    rank = os.environ.get("RANK", "0")
-    if rank == "0" or message.startswith("CollectiveError"):
-        print(f"minizero: {message}", file=sys.stderr, flush=True)
+    """Print `message`, which most often all ranks have to say: rank 0 goes first, and torchrun then ends the others.
+
+    A rank that is alone with its trouble is heard some seconds later. What a collective has to say differs by rank.
+    """
+    if os.environ.get("RANK", "0") != "0" and not message.startswith("CollectiveError"):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(HEAD_START)
+    print(f"minizero: {message}", file=sys.stderr, flush=True)
     return code
 
 
@@ -86,12 +86,12 @@ def run(resolved: Resolved) -> None:
     minizero.init_distributed(config.dist.backend, timeout=config.dist.timeout)
     with torch.device("meta"):
         model = build(config.model, data.tokenizer.vocab_size, config.train.sequence_length)
-    if config.log.tensorboard.dir is None:
+    if config.log.tensorboard.enabled and config.log.tensorboard.dir is None:
         config.log.tensorboard.dir = str(folder / "tensorboard")
     engine, *_ = minizero.initialize(model=model, model_parameters=parameter_groups(model, config), config=config)
-    engine.log.quiet = True
-    if checkpoints is not None:
-        engine.load_checkpoint(checkpoints)
+    engine.log.quiet = not config.log.wall_clock_breakdown  # the progress bar takes the log's place
+    torch.manual_seed(module_seed(config.train.seed, f"dropout of rank {dist.get_rank()}"))
+    resume(engine, data, config, checkpoints)
     chief = dist.get_rank() == 0
     if chief:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,40 +103,20 @@ def run(resolved: Resolved) -> None:
     dist.destroy_process_group()
 
 
-def checkpoint_folder(config: Config) -> Path | None:
-    """Where to continue from, or None to begin. Raises ConfigError when the run folder holds another run."""
-    folder = Path(config.run.dir)
-    if config.checkpoint.resume is not None:
-        wanted = folder if config.checkpoint.resume == "latest" else Path(config.checkpoint.resume)
-        if not (wanted / "checkpoints" / LATEST).is_file():
-            raise ConfigError(f"checkpoint.resume: {wanted} holds no checkpoint")
-        return wanted / "checkpoints"
-    if not (folder / "config.json").is_file():
-        return None
-    before, now = (flat(c.model_dump()) for c in (read_resolved(folder / "config.json"), config))
-    changed = [key for key in now if before.get(key) != now[key] and not key.startswith(MAY_CHANGE)]
-    if changed:
-        lines = "; ".join(f"{key} was {before.get(key)}, is {now[key]}" for key in changed[:4])
-        raise ConfigError(
-            f"{folder} holds a run with other settings ({lines}). Pass --run.dir OTHER to begin a new run, or "
-            "--checkpoint.resume latest to continue that one with these settings"
+def resume(engine: minizero.Engine, data: PreparedData, config: Config, checkpoints: Path | None) -> None:
+    """Load the newest checkpoint, if there is one. Raises ValueError when ranks, or that run, have other data."""
+    corpora = engine.comm.gather_bytes(data.fingerprint.encode(), "fingerprint of the corpus", engine.device)
+    if len(set(corpora)) > 1:
+        shown = ", ".join(corpus.decode()[:8] for corpus in corpora)
+        raise ValueError(f"ranks read different data (fingerprints {shown}): is data.source the same for all of them?")
+    if checkpoints is None:
+        return
+    path, client_state = engine.load_checkpoint(checkpoints)
+    if path is not None and client_state.get("corpus") != data.fingerprint and config.checkpoint.resume is None:
+        raise ValueError(
+            f"{path} was trained on other data: data.source {config.data.source} has changed since. Pass --run.dir "
+            "OTHER to begin a new run, or --checkpoint.resume latest to continue with the data as it is"
         )
-    return folder / "checkpoints" if (folder / "checkpoints" / LATEST).is_file() else None
-
-
-def flat(tree: dict, prefix: str = "") -> dict:
-    """Nested settings as {dotted key: value}."""
-    found: dict = {}
-    for key, value in tree.items():
-        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return found
-
-
-def finished_steps(folder: Path, config: Config) -> int:
-    """Steps of a run that is over, else 0."""
-    summary = folder / "summary.json"
-    steps = json.loads(summary.read_text())["steps"] if summary.is_file() else 0
-    return steps if steps >= config.train.steps else 0
 
 
 def prepare_together(config: Config) -> PreparedData:
@@ -187,12 +167,12 @@ def train(engine: minizero.Engine, data: PreparedData, config: Config, folder: P
                 metrics.write(record)
                 progress.update(engine.global_steps, loss, record["tokens_per_second"])
             if config.checkpoint.every and engine.global_steps % config.checkpoint.every == 0:
-                save(engine, folder, config, chief)
+                save(engine, data.fingerprint, folder, config)
     finally:
         if metrics is not None and progress is not None:
             progress.__exit__(None, None, None)
             metrics.close()
-    save(engine, folder, config, chief)
+    save(engine, data.fingerprint, folder, config)
 
 
 def step_record(engine: minizero.Engine, loss: float, seconds: float) -> dict:
@@ -216,85 +196,6 @@ def out_of_time(engine: minizero.Engine, config: Config, began: float) -> bool:
         return False
     over = torch.tensor([float(time.perf_counter() - began > config.train.time_limit)], device=engine.device)
     return bool(engine.comm.gather_rows(over, "time limit")[0, 0])
-
-
-def save(engine: minizero.Engine, folder: Path, config: Config, chief: bool) -> None:
-    """Write a checkpoint, if this step has none yet, and remove the oldest."""
-    if not (folder / "checkpoints" / f"global_step{engine.global_steps}").exists():
-        engine.comm.barrier(engine.device)  # all ranks have looked before one of them writes
-        engine.save_checkpoint(folder / "checkpoints")
-        if chief:
-            prune(folder / "checkpoints", config.checkpoint.keep)
-
-
-@torch.no_grad()
-def bits_per_byte(engine: minizero.Engine, data: PreparedData, config: Config) -> float:
-    """Bits that the model needs per byte of the held-out files; collective."""
-    engine.eval()
-    total = torch.zeros(1, dtype=torch.float64, device=engine.device)
-    for batch in EvaluationLoader(
-        data.validation,
-        sequence_length=config.train.sequence_length,
-        batch_size=8,
-        stride=config.train.sequence_length // 2,
-        dp_rank=engine.dp_rank,
-        dp_size=engine.dp_size,
-    ):
-        loss_sum, _ = engine(**{name: tensor.to(engine.device) for name, tensor in batch.items()})
-        total += loss_sum.double()
-    engine.train()
-    nats = float(engine.comm.gather_rows(total, "held-out loss").sum())
-    return nats / math.log(2) / data.validation.num_bytes
-
-
-@torch.no_grad()
-def complete(engine: minizero.Engine, data: PreparedData, config: Config) -> str:
-    """A sampled continuation of PROMPT; every rank computes the same one."""
-    generator = torch.Generator().manual_seed(config.train.seed)
-    tokens = data.tokenizer.encode(PROMPT)
-    length = len(tokens)
-    engine.eval()
-    with minizero.unsharded(engine.module):
-        for _ in range(SAMPLE_TOKENS):
-            context = torch.tensor([tokens[-config.train.sequence_length :]], device=engine.device)
-            logits: Tensor = engine.module(context)[0, -1].float().cpu()
-            tokens.append(int(torch.multinomial((logits / TEMPERATURE).softmax(0), 1, generator=generator)))
-    return data.tokenizer.decode(tokens[length:])
-
-
-def report(
-    engine: minizero.Engine, data: PreparedData, config: Config, folder: Path, chief: bool, seconds: float
-) -> None:
-    """Evaluate, sample, draw, and print what a person wants to know at the end."""
-    quality = bits_per_byte(engine, data, config)
-    sample = complete(engine, data, config)
-    if not chief:
-        return
-    records = read_metrics(folder / "metrics.jsonl")
-    records[-1]["validation_bits_per_byte"] = quality
-    baselines = compressed_bits_per_byte(data.held_out_text())
-    figure = draw_loss_curve(records, folder / "loss.png", title=str(folder), baselines=baselines)
-    summary = RunSummary(
-        bits_per_byte=quality,
-        baselines=baselines,
-        held_out_bytes=data.validation.num_bytes,
-        parameters=sum(p.numel() for p in engine.module.parameters()),
-        steps=engine.global_steps,
-        seconds=seconds,
-        tokens=sum(record["tokens"] for record in records),
-        layout=f"{engine.dp_size} processes, ZeRO stage {config.zero.stage}, {config.precision}",
-        memory_bytes=records[-1]["memory_bytes"],
-        comm_bytes=records[-1]["comm_bytes"],
-        sample=(PROMPT, sample),
-        files={"run folder": str(folder), "loss curve": str(figure), "metrics": str(folder / "metrics.jsonl")},
-        next_steps=[
-            ("train twice as long", f"make train ARGS='--run.dir runs/longer --train.steps {2 * config.train.steps}'"),
-            ("compare a ZeRO stage", "make train ARGS='--run.dir runs/stage1 --zero.stage 1'"),
-            ("see every setting", "python -m minizero.train --help"),
-        ],
-    )
-    write_atomically(folder / "summary.json", json.dumps(asdict(summary), indent=1))
-    print_summary(summary)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[1]
 TINY = """
@@ -114,13 +117,42 @@ def test_a_changed_config_and_an_interrupted_run(place):
     assert steps == list(range(1, len(steps) + 1))  # none lost, none twice
 
 
+def test_a_verbose_run_in_json_then_other_data(place):
+    """The `minizero` verb; TensorBoard and times of the phases; and a corpus that changes under a run."""
+    corpus = place / "changing"
+    shutil.copytree(place / "corpus", corpus)
+    config = (place / "tiny.toml").read_text() + "\n[log]\nwall_clock_breakdown = true\nevery = 3\n"
+    (place / "verbose.toml").write_text(f'precision = "fp32"\n{config}[log.tensorboard]\nenabled = true\n')
+    more = ["--data.source", str(corpus), "--data.dir", str(place / "data"), "--run.dir", "verbose"]
+    command = [sys.executable, "-m", "minizero", "train", str(place / "verbose.toml"), "--nproc", "1", "--json", *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=place, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["exit_code"] == 0 and summary["steps"] == 6 and summary["bits_per_byte"] > 0
+    assert "--precision" not in summary["command"]  # the file says fp32, also where bf16 would be faster
+    assert len(re.findall(r"step=[36] .* forward_ms=\S+ backward_ms=\S+ step_ms=", done.stderr)) == 2
+    (event_file,) = (place / "verbose" / "tensorboard" / "minizero").iterdir()
+    events = EventAccumulator(str(event_file)).Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 7))
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(losses(place / "verbose"), rel=1e-6)
+
+    (corpus / "file0.py").write_text("import this\n" * 60)
+    again = launch(place, 1, *more, "--log.every", "3")
+    assert again.returncode == 0 and "is finished" in again.stdout
+    (place / "verbose" / "summary.json").unlink()
+    other = launch(place, 1, *more, "--zero.stage", "3")
+    assert other.returncode != 0 and "was trained on other data" in other.stderr
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     (
         (("--zero.stagge", "2"), "zero.stagge"),
         (("--zero.stage", "4"), "stage 4"),
-        (("--train.global_batch_size", "5"), "5"),
+        (("--train.global_batch_size", "5"), "5 = micro_batch_size"),
         (("--data.source", "/nowhere/at/all"), "/nowhere/at/all"),
+        (("--dist.backend", "nccl"), "legal here: gloo"),
+        (("--optimizer.type", "LBFGS"), "LBFGS' is not element-wise"),
     ),
 )
 def test_bad_input_is_one_clear_message(place, more, message):

@@ -10,6 +10,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from minizero.utils.files import sync_folder
+
 MANIFEST = "manifest.json"
 LATEST = "latest"
 SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
@@ -17,26 +19,6 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 class CheckpointError(RuntimeError):
     """A checkpoint is damaged, incomplete, or does not fit; the message names the file."""
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by a file holding `text`; a reader sees the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_file(path: Path) -> None:

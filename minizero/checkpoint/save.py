@@ -23,9 +23,9 @@ from minizero.checkpoint.files import (
     facts_of,
     move_into_place,
     sync_file,
-    write_atomically,
 )
 from minizero.checkpoint.state import TrainingState, check_complete, everyone
+from minizero.utils.files import write_atomically
 
 
 def save_state(state: TrainingState, folder: Path, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:

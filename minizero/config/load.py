@@ -22,6 +22,7 @@ from minizero.config.errors import ConfigError
 from minizero.config.files import decode_base64, read_tree
 from minizero.config.problems import closest, found, legal, nearest, settings, sub_model, unknown_key
 from minizero.config.schema import Config
+from minizero.utils.files import write_atomically
 
 Tree = dict[str, Any]
 T = TypeVar("T")
@@ -86,7 +87,7 @@ def save_resolved(resolved: Resolved, path: str | Path) -> None:
     """Write JSON: dotted key -> value and origin."""
     values = dict(_leaves(resolved.config.model_dump(mode="json")))
     rows = {key: {"value": value, "origin": resolved.origins[key]} for key, value in values.items()}
-    Path(path).write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_atomically(Path(path), json.dumps(rows, indent=2, allow_nan=False) + "\n")
 
 
 def read_resolved(path: str | Path) -> Config:

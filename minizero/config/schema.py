@@ -82,7 +82,7 @@ class TrainConfig(Section):
     steps: int = Field(100, ge=1)
     """Optimizer steps to run."""
     seed: int = Field(0, ge=0)
-    """Seed of initialization, data order and dropout; a layout changes none of them."""
+    """Seed of initialization and data order, which no layout changes, and of dropout, which each rank draws itself."""
     global_batch_size: int | None = Field(None, ge=1)
     """Sequences per optimizer step over all ranks (= micro batch x accumulation x data-parallel size)."""
     micro_batch_size: int | None = Field(None, ge=1)
@@ -232,7 +232,8 @@ class TensorBoardConfig(Section):
 
 class LogConfig(Section):
     every: int = Field(10, ge=1)
-    """Steps between lines of the engine's own log."""
+    """Steps between lines of the engine's own log; in `minizero.train` a bar takes its place, unless
+    `log.wall_clock_breakdown` asks for it."""
     wall_clock_breakdown: bool = False
     """Print milliseconds of forward, backward and step with the log line."""
     tensorboard: TensorBoardConfig = Field(default_factory=TensorBoardConfig)

@@ -26,10 +26,7 @@ class EngineLog:
         self.enabled = enabled
         self.quiet = quiet
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        self.tensorboard = None
-        if enabled and config.tensorboard.enabled:
-            folder = config.tensorboard.dir or "tensorboard"
-            self.tensorboard = TensorBoardWriter(f"{folder}/{config.tensorboard.job_name}")
+        self.tensorboard: TensorBoardWriter | None = None
 
     @contextmanager
     def timer(self, phase: str) -> Iterator[None]:
@@ -45,7 +42,10 @@ class EngineLog:
         if not self.enabled:
             return
         result, step = engine.result, engine.global_steps
-        if self.tensorboard is not None:
+        if self.config.tensorboard.enabled:
+            if self.tensorboard is None:  # made at the first step, which a resumed run knows only then
+                folder = self.config.tensorboard.dir or "tensorboard"
+                self.tensorboard = TensorBoardWriter(f"{folder}/{self.config.tensorboard.job_name}", last_step=step - 1)
             scalars = {"loss": result.loss, "lr": engine.get_lr()[0], "grad_norm": result.grad_norm}
             self.tensorboard.write({"step": step, "train": scalars})
         if step % self.config.every or self.quiet:

@@ -1,0 +1,91 @@
+"""What a finished run is worth: held-out bits per byte beside compressors, a sample, a figure, and what to try next."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minizero.config import Config
+from minizero.data.loader import EvaluationLoader
+from minizero.data.prepared import PreparedData
+from minizero.engine import Engine
+from minizero.observe.figures import draw_loss_curve
+from minizero.observe.metrics import read_metrics
+from minizero.observe.summary import RunSummary, compressed_bits_per_byte, print_summary
+from minizero.utils.files import write_atomically
+from minizero.zero import unsharded
+
+PROMPT, SAMPLE_TOKENS, TEMPERATURE = "import ", 80, 0.7
+
+
+@torch.no_grad()
+def bits_per_byte(engine: Engine, data: PreparedData, config: Config) -> float:
+    """Bits that the model needs per byte of the held-out files; collective."""
+    engine.eval()
+    total = torch.zeros(1, dtype=torch.float64, device=engine.device)
+    for batch in EvaluationLoader(
+        data.validation,
+        sequence_length=config.train.sequence_length,
+        batch_size=8,
+        stride=config.train.sequence_length // 2,
+        dp_rank=engine.dp_rank,
+        dp_size=engine.dp_size,
+    ):
+        loss_sum, _ = engine(**{name: tensor.to(engine.device) for name, tensor in batch.items()})
+        total += loss_sum.double()
+    engine.train()
+    nats = float(engine.comm.gather_rows(total, "held-out loss").sum())
+    return nats / math.log(2) / data.validation.num_bytes
+
+
+@torch.no_grad()
+def complete(engine: Engine, data: PreparedData, config: Config) -> str:
+    """A sampled continuation of PROMPT; every rank computes the same one."""
+    generator = torch.Generator().manual_seed(config.train.seed)
+    tokens = data.tokenizer.encode(PROMPT)
+    length = len(tokens)
+    engine.eval()
+    with unsharded(engine.module):
+        for _ in range(SAMPLE_TOKENS):
+            context = torch.tensor([tokens[-config.train.sequence_length :]], device=engine.device)
+            logits: Tensor = engine.module(context)[0, -1].float().cpu()
+            tokens.append(int(torch.multinomial((logits / TEMPERATURE).softmax(0), 1, generator=generator)))
+    return data.tokenizer.decode(tokens[length:])
+
+
+def report(engine: Engine, data: PreparedData, config: Config, folder: Path, chief: bool, seconds: float) -> None:
+    """Evaluate, sample, draw, and print what a person wants to know at the end."""
+    quality = bits_per_byte(engine, data, config)
+    sample = complete(engine, data, config)
+    if not chief:
+        return
+    records = read_metrics(folder / "metrics.jsonl") or [{"step": engine.global_steps, "tokens": 0}]
+    records[-1]["validation_bits_per_byte"] = quality
+    baselines = compressed_bits_per_byte(data.held_out_text())
+    figure = draw_loss_curve(records, folder / "loss.png", title=str(folder), baselines=baselines)
+    summary = RunSummary(
+        bits_per_byte=quality,
+        baselines=baselines,
+        held_out_bytes=data.validation.num_bytes,
+        parameters=sum(p.numel() for p in engine.module.parameters()),
+        steps=engine.global_steps,
+        seconds=seconds,
+        tokens=sum(record["tokens"] for record in records),
+        layout=f"{engine.dp_size} processes, ZeRO stage {config.zero.stage}, {config.precision}",
+        memory_bytes=engine.memory_bytes(),
+        comm_bytes=records[-1].get("comm_bytes", {}),
+        sample=(PROMPT, sample),
+        files={"run folder": str(folder), "loss curve": str(figure), "metrics": str(folder / "metrics.jsonl")},
+        next_steps=[
+            ("train twice as long", f"make train ARGS='--run.dir runs/longer --train.steps {2 * config.train.steps}'"),
+            ("compare a ZeRO stage", "make train ARGS='--run.dir runs/stage1 --zero.stage 1'"),
+            ("see every setting", "python -m minizero.train --help"),
+        ],
+    )
+    write_atomically(folder / "summary.json", json.dumps(asdict(summary), indent=1))
+    print_summary(summary)
