@@ -149,7 +149,7 @@ def test_a_verbose_run_in_json_then_other_data(place):
     (
         (("--zero.stagge", "2"), "zero.stagge"),
         (("--zero.stage", "4"), "stage 4"),
-        (("--train.global_batch_size", "5"), "5 = micro_batch_size"),
+        (("--train.global_batch_size", "5"), "train.global_batch_size 5 = train.micro_batch_size"),
         (("--data.source", "/nowhere/at/all"), "/nowhere/at/all"),
         (("--dist.backend", "nccl"), "legal here: gloo"),
         (("--optimizer.type", "LBFGS"), "LBFGS' is not element-wise"),
