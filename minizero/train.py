@@ -8,6 +8,7 @@ Everything a run leaves is in `run.dir`: `config.json` (each value with its orig
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -44,7 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(f"usage: torchrun --nproc-per-node N -m minizero.train CONFIG [--a.b VALUE ...]\n\n{help_text()}")
         return 0 if arguments else 2
-    signal.signal(signal.SIGTERM, interrupt)
     path, overrides = (None, arguments) if arguments[0].startswith("--") else (arguments[0], arguments[1:])
     try:
         run(load(path, overrides))
@@ -92,12 +92,13 @@ def run(resolved: Resolved) -> None:
     engine.log.quiet = not config.log.wall_clock_breakdown  # the progress bar takes the log's place
     torch.manual_seed(module_seed(config.train.seed, f"dropout of rank {dist.get_rank()}"))
     resume(engine, data, config, checkpoints)
+    loader = training_loader(engine, data, config)  # before the folder: a run that cannot begin leaves none
     chief = dist.get_rank() == 0
     if chief:
         folder.mkdir(parents=True, exist_ok=True)
         save_resolved(resolved, folder / "config.json")
     began = time.perf_counter()
-    train(engine, data, config, folder, chief)
+    train(engine, data, loader, config, folder, chief)
     report(engine, data, config, folder, chief, time.perf_counter() - began)
     engine.destroy()
     dist.destroy_process_group()
@@ -136,21 +137,25 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
     return groups + ([{"params": vectors, "weight_decay": 0.0}] if vectors else [])
 
 
-def train(engine: minizero.Engine, data: PreparedData, config: Config, folder: Path, chief: bool) -> None:
-    """The loop: one global batch, one line of metrics, now and then a checkpoint or an evaluation."""
-    settings, sizes = config.train, engine.batch
-    batches = iter(
-        TokenLoader(
-            data.train,
-            sequence_length=settings.sequence_length,
-            global_batch_size=sizes.global_batch_size,
-            micro_batch_size=sizes.micro_batch_size,
-            seed=settings.seed,
-            dp_rank=engine.dp_rank,
-            dp_size=engine.dp_size,
-            start_step=engine.global_steps,
-        )
+def training_loader(engine: minizero.Engine, data: PreparedData, config: Config) -> TokenLoader:
+    """This rank's batches from the engine's step on. Raises ValueError when the corpus holds no whole sequence."""
+    return TokenLoader(
+        data.train,
+        sequence_length=config.train.sequence_length,
+        global_batch_size=engine.batch.global_batch_size,
+        micro_batch_size=engine.batch.micro_batch_size,
+        seed=config.train.seed,
+        dp_rank=engine.dp_rank,
+        dp_size=engine.dp_size,
+        start_step=engine.global_steps,
     )
+
+
+def train(
+    engine: minizero.Engine, data: PreparedData, loader: TokenLoader, config: Config, folder: Path, chief: bool
+) -> None:
+    """The loop: one global batch, one line of metrics, now and then a checkpoint or an evaluation."""
+    settings, batches = config.train, iter(loader)
     start, began = engine.global_steps, time.perf_counter()
     metrics = MetricsWriter(folder / "metrics.jsonl", last_step=start) if chief else None
     progress = Progress(settings.steps, start, time_limit=settings.time_limit) if chief else None
@@ -159,7 +164,7 @@ def train(engine: minizero.Engine, data: PreparedData, config: Config, folder: P
     try:
         while engine.global_steps < settings.steps and not out_of_time(engine, config, began):
             before = time.perf_counter()
-            loss = float(engine.train_batch(islice(batches, sizes.accumulation)))
+            loss = float(engine.train_batch(islice(batches, engine.batch.accumulation)))
             record = step_record(engine, loss, time.perf_counter() - before)
             if settings.eval_every and engine.global_steps % settings.eval_every == 0:
                 record["validation_bits_per_byte"] = bits_per_byte(engine, data, config)
@@ -199,4 +204,6 @@ def out_of_time(engine: minizero.Engine, config: Config, began: float) -> bool:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
+    faulthandler.register(signal.SIGUSR1)  # `kill -USR1` a rank that seems to hang: it prints where it is
     sys.exit(main())

@@ -184,7 +184,7 @@ def test_one_rank_that_cannot_read_turns_it_off_for_all(function, reason):
 
 
 def uneven_offers() -> None:
-    comm = communicator("memory", timeout=5.0)
+    comm = communicator("memory", timeout=2.0)
     layouts = FlatLayout((100,), 2), FlatLayout((90,), 2)
     out = torch.zeros(layouts[comm.rank].shard_size)
     piece = torch.ones(layouts[comm.rank].sizes[0])

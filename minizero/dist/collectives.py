@@ -39,6 +39,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from minizero.dist.ledger import CommLedger
 from minizero.dist.mesh import DEFAULT_TIMEOUT
 from minizero.dist.neighbour import choose_transport
+from minizero.dist.positions import where_everyone_is
 from minizero.dist.sharding import FlatLayout
 from minizero.dist.transport import OPERATIONS, Call, Waitable
 
@@ -51,9 +52,14 @@ class CollectiveError(RuntimeError):
 
 @dataclass
 class Work:
-    """A running collective. `wait` returns when its result may be read, and raises `CollectiveError` if it failed."""
+    """A running collective. `wait` returns when its result may be read, and raises `CollectiveError` if it failed.
+
+    Attributes:
+        description: operation, unit, phase, number. where: asks where the group's ranks are, this one being there.
+    """
 
     description: str
+    where: Callable[[str], str]
     requests: list[Waitable] = field(default_factory=list)
     finish: Callable[[], None] | None = None
     started: float = field(default_factory=time.perf_counter)
@@ -67,7 +73,7 @@ class Work:
             elapsed = time.perf_counter() - self.started
             raise CollectiveError(
                 f"{self.description} failed after {elapsed:.1f} s: a peer died, stalled or called something else "
-                f"(run with --debug.collectives true to see which). Backend: {error}"
+                f"(--debug.collectives true compares every call). Backend: {error}\n{self.where(self.description)}"
             ) from error
         self.requests = []
         if self.finish is not None:
@@ -145,7 +151,7 @@ class Communicator:
             self._call("all_gather", unit),
         )
         work.requests = running.arrivals
-        self._lent.append(Work(work.description, running.departures))
+        self._lent.append(Work(work.description, work.where, running.departures))
         if flat.is_cuda:
             work.finish = lambda: copy_all(list(host.values()), [shards[peer] for peer in host])
         return work
@@ -282,7 +288,13 @@ class Communicator:
             self._compare_fingerprints(
                 f"{operation} of {unit} in {phase}, {numel} x {dtype}, #{self._sequence}", tensor.device
             )
-        return Work(f"rank {self.rank}: {operation} of {unit} ({phase}, axis {self.axis}, #{self._sequence})")
+        return self._work(f"rank {self.rank}: {operation} of {unit} ({phase}, axis {self.axis}, #{self._sequence})")
+
+    def _work(self, description: str) -> Work:
+        def where(here: str) -> str:
+            return where_everyone_is(self._ranks, self.rank, f"waits for {here.partition(': ')[2]}")
+
+        return Work(description, where)
 
     def _compare_fingerprints(self, fingerprint: str, device: torch.device) -> None:
         """Raise on all ranks when they are about to run different collectives (naming each call's site)."""
@@ -291,7 +303,7 @@ class Communicator:
         text = f"{fingerprint}\n{site}".encode()[:FINGERPRINT_BYTES]
         row[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         rows = [torch.empty_like(row).to(device) for _ in range(self.size)]
-        work = Work(f"rank {self.rank}: comparing '{fingerprint}' (axis {self.axis})")
+        work = self._work(f"rank {self.rank}: comparing '{fingerprint}' (axis {self.axis})")
         work.requests = [dist.all_gather(rows, row.to(device), group=self.group, async_op=True)]
         work.wait()
         seen = [bytes(row.cpu().tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
