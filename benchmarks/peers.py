@@ -34,7 +34,7 @@ def finish(step: Callable[[Tensor, Tensor], None], rank: int) -> Callable[[], No
 
 
 def build_compute(rank: int, world: int) -> Callable[[], None]:
-    """No communication: forward, backward, clip, and AdamW over half the parameters. The floor of stages 1 to 3."""
+    """No communication, no clipping: forward, backward, AdamW over half the parameters. The floor of stages 1 to 3."""
     start(rank, world)
     mark_imported()
     model = build_model()
