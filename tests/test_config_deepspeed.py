@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from minizero.config import ConfigError
-from minizero.config.deepspeed import ALIASES, OPTIMIZERS, TABLE, Block, Key, dotted_keys, from_deepspeed
+from minizero.config.deepspeed import dotted_keys, from_deepspeed
+from minizero.config.deepspeed_keys import ALIASES, OPTIMIZERS, TABLE, Block, Key
 from minizero.config.load import from_any, load
 from minizero.optim.build import build_optimizer
 

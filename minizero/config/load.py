@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from minizero.config import deepspeed
 from minizero.config.build import build
+from minizero.config.deepspeed_keys import TOP_LEVEL_KEYS
 from minizero.config.errors import ConfigError
 from minizero.config.files import decode_base64, read_tree
 from minizero.config.problems import closest, found, legal, nearest, settings, sub_model, unknown_key
@@ -193,8 +194,8 @@ def with_name(name: str, read: Callable[[Tree], T], tree: Tree) -> T:
 def _is_deepspeed(tree: Tree, name: str) -> bool:
     """Whether the keys are DeepSpeed's. Raises ConfigError for a mix."""
     own = set(Config.model_fields)
-    foreign = [key for key in tree if key in deepspeed.TOP_LEVEL_KEYS and key not in own]
-    native = [key for key in tree if key in own and key not in deepspeed.TOP_LEVEL_KEYS]
+    foreign = [key for key in tree if key in TOP_LEVEL_KEYS and key not in own]
+    native = [key for key in tree if key in own and key not in TOP_LEVEL_KEYS]
     if foreign and native:
         raise ConfigError(
             f"{name}: {foreign[0]} is a key of DeepSpeed and {native[0]} one of minizero; use one language"
@@ -202,9 +203,9 @@ def _is_deepspeed(tree: Tree, name: str) -> bool:
     if foreign or native:
         return bool(foreign)
     # Nothing decides yet: the known key most like a misspelt one does, so that the error names it.
-    known = own | deepspeed.TOP_LEVEL_KEYS
+    known = own | TOP_LEVEL_KEYS
     meant = {closest(key, sorted(known)) for key in tree if isinstance(key, str) and key not in known}
-    return bool(meant & (deepspeed.TOP_LEVEL_KEYS - own))
+    return bool(meant & (TOP_LEVEL_KEYS - own))
 
 
 def _given(tree: Tree) -> Iterator[str]:

@@ -161,8 +161,8 @@ class FlatGroup:
 
 
 def host_tensor(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A pinned copy of `like` in host memory."""
-    host = torch.empty(like.shape, dtype=dtype or like.dtype, device="cpu", pin_memory=True)
+    """A copy of `like` in host memory, pinned where a GPU will read it."""
+    host = torch.empty(like.shape, dtype=dtype or like.dtype, device="cpu", pin_memory=torch.cuda.is_available())
     return host.copy_(like)
 
 
