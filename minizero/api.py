@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from minizero.config import Config
 from minizero.config.effects import without_effect
 from minizero.config.load import from_any
-from minizero.dist.collectives import Communicator
+from minizero.dist.collectives import WORLD, Communicator
 from minizero.dist.dims import ParallelDims
 from minizero.dist.ledger import CommLedger
 from minizero.dist.mesh import DEFAULT_TIMEOUT, build_mesh, local_device
@@ -32,6 +32,7 @@ from minizero.engine import Engine
 from minizero.optim.build import build_optimizer
 from minizero.optim.loss_scale import LossScaler
 from minizero.optim.schedules import build_schedule
+from minizero.parallelize import parallelize
 from minizero.utils.memory import keep_freed_memory
 from minizero.utils.warnings import warn_once
 from minizero.zero.optimizer import ZeroOptimizer
@@ -85,7 +86,9 @@ def initialize(
     init_distributed(settings.dist.backend, distributed_port=distributed_port, timeout=settings.dist.timeout)
     mesh, comm, device = join(settings, model)
     batch = settings.batch(comm.size)
-    runtime = ZeroRuntime(model, comm, Policy.from_config(settings, device, comm.size), device, settings.train.seed)
+    layout = parallelize(model, settings, comm.along("tp"))
+    policy = Policy.from_config(settings, device, comm.size)
+    runtime = ZeroRuntime(model, comm, policy, device, settings.train.seed, layout)
     inner = make_optimizer(optimizer, model, current(model_parameters, runtime), settings)
     sharded = ZeroOptimizer(
         inner,
@@ -104,6 +107,7 @@ def initialize(
         lr_scheduler=schedule,
         runtime=runtime,
         comm=comm,
+        world=comm.along(WORLD),
         mesh=mesh,
         batch=batch,
         config=settings,
@@ -149,8 +153,8 @@ def join(settings: Config, model: nn.Module) -> tuple[DeviceMesh, Communicator, 
         keep_freed_memory()
         if "cpu" in (settings.zero.offload_optimizer, settings.zero.offload_param):
             warn_once("offload to the CPU on a CPU run: everything is in host memory already, there is nothing to move")
-    # Compared over an axis without checks and with plain messages: those are settings too, and may be what differs.
-    compare_over_ranks(Communicator(mesh, "dp", CommLedger(), transport="messages", timeout=timeout), settings, model)
+    # Compared without checks and with plain messages: those are settings too, and may be what differs.
+    compare_over_ranks(Communicator(mesh, WORLD, CommLedger(), transport="messages", timeout=timeout), settings, model)
     comm = Communicator(
         mesh,
         "dp",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class Engine:
         lr_scheduler: Any,
         runtime: ZeroRuntime,
         comm: Communicator,
+        world: Communicator,
         mesh: DeviceMesh,
         batch: BatchSizes,
         config: Config,
@@ -66,7 +68,7 @@ class Engine:
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.runtime = runtime
-        self.comm = comm
+        self.comm, self.world = comm, world
         self.mesh = mesh
         self.ledger = comm.ledger
         self.batch = batch
@@ -342,6 +344,11 @@ class Engine:
         """The settings in DeepSpeed's key names, batch sizes solved; `settings` has them in ours."""
         return to_deepspeed(self.settings, self.batch)
 
+    def num_parameters(self) -> int:
+        """Parameters of the whole model."""
+        tensor = self.runtime.tensor
+        return sum(p.numel() if tensor is None else prod(tensor.shard(p).shape) for p in self.module.parameters())
+
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of model state on this rank by kind: parameters, masters, gradients, optimizer."""
         states = [
@@ -412,7 +419,9 @@ class Engine:
             "skipped_steps": self.skipped_steps,
             "micro_steps": self.micro_steps,
         }
-        return TrainingState(self.module, self.runtime, self.optimizer, self.lr_scheduler, self.comm, counters)
+        return TrainingState(
+            self.module, self.runtime, self.optimizer, self.lr_scheduler, self.comm, self.world, counters
+        )
 
     def save_16bit_model(self, save_dir: str | Path, save_filename: str = "model.safetensors") -> bool:
         """Write whole weights in the compute dtype to one safetensors file on rank 0; collective.
@@ -425,7 +434,7 @@ class Engine:
             return False
         with self.ledger.phase("checkpoint"):
             path = Path(save_dir) / Path(save_filename).with_suffix(".safetensors")
-            everyone(self.comm, self.device, lambda: save_weights(self.runtime, self.module, path))
+            everyone(self.world, self.device, lambda: save_weights(self.runtime, self.module, path))
         return True
 
     def destroy(self) -> None:

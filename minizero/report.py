@@ -72,11 +72,11 @@ def report(engine: Engine, data: PreparedData, config: Config, folder: Path, chi
         bits_per_byte=quality,
         baselines=baselines,
         held_out_bytes=data.validation.num_bytes,
-        parameters=sum(p.numel() for p in engine.module.parameters()),
+        parameters=engine.num_parameters(),
         steps=engine.global_steps,
         seconds=seconds,
         tokens=sum(record["tokens"] for record in records),
-        layout=f"{engine.dp_size} processes, ZeRO stage {config.zero.stage}, {config.precision}",
+        layout=layout_in_words(engine),
         memory_bytes=engine.memory_bytes(),
         comm_bytes=records[-1].get("comm_bytes", {}),
         sample=(PROMPT, sample),
@@ -89,3 +89,11 @@ def report(engine: Engine, data: PreparedData, config: Config, folder: Path, chi
     )
     write_atomically(folder / "summary.json", json.dumps(asdict(summary), indent=1))
     print_summary(summary)
+
+
+def layout_in_words(engine: Engine) -> str:
+    """`4 processes (dp 2 x tp 2), ZeRO stage 3, bf16`."""
+    parallel = engine.settings.parallel
+    degrees = [f"{name} {size}" for name, size in (("dp", engine.dp_size), ("tp", parallel.tp)) if size > 1]
+    axes = f" ({' x '.join(degrees)})" if parallel.tp > 1 else ""
+    return f"{engine.world_size} processes{axes}, ZeRO stage {engine.settings.zero.stage}, {engine.settings.precision}"

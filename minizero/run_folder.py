@@ -56,7 +56,7 @@ def finished_steps(folder: Path, config: Config) -> int:
 def save(engine: Engine, corpus: str, folder: Path, config: Config) -> None:
     """Write a checkpoint that names its corpus, if this step has none yet, and remove the oldest; collective."""
     if not (folder / "checkpoints" / f"global_step{engine.global_steps}").exists():
-        engine.comm.barrier(engine.device)  # all ranks have looked before one of them writes
+        engine.world.barrier(engine.device)  # all ranks have looked before one of them writes
         engine.save_checkpoint(folder / "checkpoints", client_state={"corpus": corpus})
         if engine.global_rank == 0:
             prune(folder / "checkpoints", config.checkpoint.keep)

@@ -106,7 +106,7 @@ def run(resolved: Resolved) -> None:
 
 def resume(engine: minizero.Engine, data: PreparedData, config: Config, checkpoints: Path | None) -> None:
     """Load the newest checkpoint, if there is one. Raises ValueError when ranks, or that run, have other data."""
-    corpora = engine.comm.gather_bytes(data.fingerprint.encode(), "fingerprint of the corpus", engine.device)
+    corpora = engine.world.gather_bytes(data.fingerprint.encode(), "fingerprint of the corpus", engine.device)
     if len(set(corpora)) > 1:
         shown = ", ".join(corpus.decode()[:8] for corpus in corpora)
         raise ValueError(f"ranks read different data (fingerprints {shown}): is data.source the same for all of them?")
@@ -200,7 +200,7 @@ def out_of_time(engine: minizero.Engine, config: Config, began: float) -> bool:
     if config.train.time_limit is None:
         return False
     over = torch.tensor([float(time.perf_counter() - began > config.train.time_limit)], device=engine.device)
-    return bool(engine.comm.gather_rows(over, "time limit")[0, 0])
+    return bool(engine.world.gather_rows(over, "time limit")[0, 0])
 
 
 if __name__ == "__main__":

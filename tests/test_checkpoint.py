@@ -77,7 +77,7 @@ def test_no_checkpoint_is_none(tmp_path):
 def test_damage_is_found_before_use_and_named(tmp_path, damage):
     run_distributed(save_twice, 2, str(tmp_path))
     folder = tmp_path / "global_step2"
-    victim = folder / "dp00001.safetensors"
+    victim = folder / "dp00001-tp000.safetensors"
     if damage == "flip":
         content = bytearray(victim.read_bytes())
         content[len(content) // 2] ^= 4
@@ -94,7 +94,7 @@ def test_damage_is_found_before_use_and_named(tmp_path, damage):
         (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DistributedError) as caught:
         run_distributed(load_only, 2, str(tmp_path))
-    wanted = "manifest.json" if damage in ("manifest", "escape") else "dp00001.safetensors"
+    wanted = "manifest.json" if damage in ("manifest", "escape") else "dp00001-tp000.safetensors"
     assert len(caught.value.failures) == 2
     assert all("CheckpointError" in text and wanted in text for text in caught.value.failures.values())
 
@@ -117,7 +117,7 @@ def test_a_save_that_fails_on_one_rank_leaves_the_previous_one(tmp_path):
 
 def test_another_layout_is_refused(tmp_path):
     run_distributed(save_twice, 2, str(tmp_path))
-    with pytest.raises(DistributedError, match="saved by 2 data-parallel ranks, this run has 4"):
+    with pytest.raises(DistributedError, match="saved by dp 2 x tp 1 ranks, this run has dp 4 x tp 1"):
         run_distributed(load_only, 4, str(tmp_path))
 
 
@@ -185,7 +185,7 @@ def test_ranks_must_agree_on_the_tag(tmp_path):
 
 def test_missing_elements_are_found():
     entry = {"kind": "master", "name": "w", "shape": [2, 3]}
-    whole = [{"entries": [{**entry, "start": 0, "stop": 4}]}, {"entries": [{**entry, "start": 4, "stop": 6}]}]
+    whole = [{"tp": 0, "entries": [{**entry, "start": a, "stop": b}]} for a, b in ((0, 4), (4, 6))]
     check_complete(whole)
     for bad in (whole[:1], whole[1:], [*whole, whole[0]]):
         with pytest.raises(CheckpointError, match="master of w"):

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from minizero.checkpoint.files import LATEST, CheckpointError, check_file, read_manifest
-from minizero.checkpoint.state import TrainingState, check_complete, everyone
+from minizero.checkpoint.files import LATEST, MANIFEST, CheckpointError, check_file, read_manifest
+from minizero.checkpoint.state import TrainingState, check_complete, everyone, file_name
 
 
 def load_state(
@@ -22,7 +22,7 @@ def load_state(
     fit.
     """
     path = find_checkpoint(folder, tag)
-    agreed = state.comm.gather_bytes(str(path).encode(), "checkpoint path", state.runtime.device)[0].decode()
+    agreed = state.world.gather_bytes(str(path).encode(), "checkpoint path", state.runtime.device)[0].decode()
     if agreed == "None":
         return None, {}, {}
     path = Path(agreed)
@@ -30,12 +30,13 @@ def load_state(
     def check() -> None:
         manifest = read_manifest(path)
         check_fit(state, path, manifest, optimizer=optimizer)
-        check_file(path, manifest["files"][state.comm.rank])
+        (own,) = [file for file in manifest["files"] if file["file"] == state.file_name]  # `check_fit` has seen to it
+        check_file(path, own)
 
-    everyone(state.comm, state.runtime.device, check)
+    everyone(state.world, state.runtime.device, check)
     manifest = read_manifest(path)
-    reader = SliceReader(path, manifest)
-    everyone(state.comm, state.runtime.device, lambda: read_values(state, reader, optimizer=optimizer))
+    reader = SliceReader(path, [file for file in manifest["files"] if file["tp"] == state.tp_rank])
+    everyone(state.world, state.runtime.device, lambda: read_values(state, reader, optimizer=optimizer))
     if optimizer:
         state.optimizer.scaler.load_state_dict(manifest["scaler"])
         for group, saved in zip(state.optimizer.param_groups, manifest["param_groups"], strict=True):
@@ -56,11 +57,16 @@ def find_checkpoint(folder: Path, tag: str | None) -> Path | None:
 
 def check_fit(state: TrainingState, path: Path, manifest: dict[str, Any], *, optimizer: bool) -> None:
     """Raise CheckpointError when the checkpoint is incomplete, or of another layout, model or optimizer."""
-    if manifest["dp"] != state.comm.size:
-        raise CheckpointError(
-            f"{path} was saved by {manifest['dp']} data-parallel ranks, this run has {state.comm.size}; "
-            "this version resumes in the same layout only"
+    if manifest["layout"] != state.layout:
+        saved, here = (
+            " x ".join(f"{axis} {size}" for axis, size in of.items()) for of in (manifest["layout"], state.layout)
         )
+        raise CheckpointError(
+            f"{path} was saved by {saved} ranks, this run has {here}; this version resumes in the same layout only"
+        )
+    expected = {file_name(dp, tp) for dp in range(state.layout["dp"]) for tp in range(state.layout["tp"])}
+    if {file["file"] for file in manifest["files"]} != expected:
+        raise CheckpointError(f"{path / MANIFEST} does not name the files {', '.join(sorted(expected))}")
     check_complete(manifest["files"])
     ours = type(state.optimizer.inner).__name__
     if optimizer and manifest["optimizer"] != ours:
@@ -68,7 +74,8 @@ def check_fit(state: TrainingState, path: Path, manifest: dict[str, Any], *, opt
     groups = len(manifest["param_groups"]), len(state.optimizer.param_groups)
     if optimizer and groups[0] != groups[1]:
         raise CheckpointError(f"{path} has {groups[0]} param groups, this run has {groups[1]}")
-    held = {e["name"]: tuple(e["shape"]) for file in manifest["files"] for e in file["entries"]}
+    files = [file for file in manifest["files"] if file["tp"] == state.tp_rank]
+    held = {e["name"]: tuple(e["shape"]) for file in files for e in file["entries"]}
     wanted = {
         name: tuple(parameter.shape)
         for group in state.runtime.groups
@@ -90,13 +97,13 @@ def check_same_shapes(path: Path, what: str, held: dict[str, tuple], wanted: dic
 
 
 class SliceReader:
-    """Reads any range of any saved tensor, from whichever rank's file holds it."""
+    """Reads any range of any saved tensor, from whichever of the `files` (as the manifest has them) holds it."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, files: list[dict[str, Any]]) -> None:
         self.folder = folder
         self.scalars: dict[str, dict[str, Any]] = {}
         self.entries: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
-        for file in manifest["files"]:
+        for file in files:
             self.scalars.update(file["optimizer_scalars"])
             for entry in file["entries"]:
                 places = self.entries.setdefault((entry["kind"], entry["name"]), [])
@@ -119,8 +126,8 @@ class SliceReader:
         if filled != target.numel():
             raise CheckpointError(f"{self.folder}: {kind} of {name} lacks elements of [{start}, {stop})")
 
-    def tensor(self, rank: int, key: str) -> Tensor:
-        with safe_open(self.folder / f"dp{rank:05d}.safetensors", framework="pt") as tensors:
+    def tensor(self, file: str, key: str) -> Tensor:
+        with safe_open(self.folder / file, framework="pt") as tensors:
             return tensors.get_tensor(key)
 
 
@@ -143,7 +150,7 @@ def read_values(state: TrainingState, reader: SliceReader, *, optimizer: bool) -
         reader.fill(whole, "master", name, 0)
         group.load(index, whole)
     for name, buffer in state.module.named_buffers():
-        buffer.copy_(reader.tensor(0, f"buffer/{name}"))
-    torch.set_rng_state(reader.tensor(state.comm.rank, "rng/cpu"))
+        buffer.copy_(reader.tensor(file_name(0, state.tp_rank), f"buffer/{name}"))
+    torch.set_rng_state(reader.tensor(state.file_name, "rng/cpu"))
     if state.runtime.device.type == "cuda":
-        torch.cuda.set_rng_state(reader.tensor(state.comm.rank, "rng/cuda"), state.runtime.device)
+        torch.cuda.set_rng_state(reader.tensor(state.file_name, "rng/cuda"), state.runtime.device)

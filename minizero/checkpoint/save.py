@@ -33,7 +33,7 @@ def save_state(state: TrainingState, folder: Path, tag: str, client_state: dict[
     if not SAFE_NAME.fullmatch(tag):
         raise ValueError(f"checkpoint tag {tag!r}: use letters, digits, '.', '_' and '-' only")
     header = json_header(state, client_state)
-    comm, device = state.comm, state.runtime.device
+    comm, device = state.world, state.runtime.device
     proposals = comm.gather_bytes(f"{uuid.uuid4().hex[:8]} {tag}".encode(), "checkpoint name", device)
     tokens, tags = zip(*(proposal.decode().split(" ", 1) for proposal in proposals), strict=True)
     if len(set(tags)) > 1:
@@ -42,11 +42,16 @@ def save_state(state: TrainingState, folder: Path, tag: str, client_state: dict[
 
     def write_own_file() -> dict[str, Any]:
         temporary.mkdir(parents=True, exist_ok=True)
-        path = temporary / f"dp{comm.rank:05d}.safetensors"
+        path = temporary / state.file_name
         tensors, entries = own_tensors(state)
         save_file(tensors, path, metadata={"format": "pt"})
         sync_file(path)
-        return {**facts_of(path), "entries": entries, "optimizer_scalars": optimizer_scalars(state)}
+        return {
+            **facts_of(path),
+            "tp": state.tp_rank,
+            "entries": entries,
+            "optimizer_scalars": optimizer_scalars(state),
+        }
 
     files = everyone(comm, device, write_own_file)
 
@@ -67,7 +72,7 @@ def json_header(state: TrainingState, client_state: dict[str, Any]) -> dict[str,
     header = {
         "format": 1,
         "torch": torch.__version__,
-        "dp": state.comm.size,
+        "layout": state.layout,
         "stage": state.runtime.policy.stage,
         "counters": state.counters,
         "scaler": state.optimizer.scaler.state_dict(),

@@ -1,12 +1,12 @@
 """What a checkpoint of a training run holds, in coordinates that no layout changes.
 
-A checkpoint is a folder: one safetensors file per data-parallel rank, and a JSON manifest. A file holds what its rank's
+A checkpoint is a folder: one safetensors file per rank, and a JSON manifest. A file holds what its rank's
 shards hold, per parameter, named `kind/parameter@start`: the elements from `start` of the flattened parameter. The flat
 buffers and their padding never reach the disk. There is no pickle on any path.
 
     master/…   fp32 (or wider) weights; frozen parameters too, in their own dtype
     <key>/…    the optimizer's state tensors under their own key (exp_avg, momentum_buffer, …)
-    buffer/…   the model's buffers, whole, in rank 0's file
+    buffer/…   the model's buffers, whole, in each file of dp rank 0
     rng/…      each rank's random state
 
 The manifest says of every tensor in a file which elements of which parameter it holds, and that parameter's shape.
@@ -35,14 +35,29 @@ from minizero.zero.runtime import ZeroRuntime
 
 @dataclass
 class TrainingState:
-    """Everything that resuming needs, by reference."""
+    """Everything that resuming needs, by reference. `comm` is the data-parallel axis, `world` all ranks."""
 
     module: nn.Module
     runtime: ZeroRuntime
     optimizer: ZeroOptimizer
     scheduler: Any
     comm: Communicator
+    world: Communicator
     counters: dict[str, int]
+
+    @property
+    def tp_rank(self) -> int:
+        return self.runtime.tensor.comm.rank if self.runtime.tensor is not None else 0
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """The degrees that a checkpoint of this version is bound to."""
+        return {"dp": self.comm.size, "tp": self.world.size // self.comm.size}
+
+    @property
+    def file_name(self) -> str:
+        """This rank's file."""
+        return file_name(self.comm.rank, self.tp_rank)
 
     def slices(self) -> Iterator[tuple[nn.Parameter, str, tuple[int, ...], int, Span]]:
         """(slice, parameter's name and shape, rank whose shard it is, span) of what this rank's optimizer updates."""
@@ -58,8 +73,19 @@ class TrainingState:
                     yield name, group, index, parameter
 
 
+def file_name(dp_rank: int, tp_rank: int) -> str:
+    """The file of one rank's shards."""
+    return f"dp{dp_rank:05d}-tp{tp_rank:03d}.safetensors"
+
+
 def check_complete(files: list[dict[str, Any]]) -> None:
     """Raise CheckpointError unless the files hold every element of every tensor that they hold a part of, once."""
+    for tp_rank in sorted({file["tp"] for file in files}):
+        check_parts([file for file in files if file["tp"] == tp_rank])
+
+
+def check_parts(files: list[dict[str, Any]]) -> None:
+    """`check_complete` for the files of one tensor-parallel rank, whose parameters are its own parts."""
     parts: dict[tuple[str, str], list[tuple[int, int]]] = {}
     shapes: dict[str, list[int]] = {}
     for file in files:

@@ -202,13 +202,17 @@ class ParallelConfig(Section):
     sequence: bool = False
     """Shard norms and residuals along the sequence (needs tp > 1)."""
 
+    plan: dict[str, str] = Field(default_factory=dict)
+    """How layers are cut over tp ranks: module name pattern -> style, for a model that has no table of its own (see
+    `minizero.parallel.plan`)."""
+
     @model_validator(mode="after")
     def _not_built_yet(self) -> ParallelConfig:
-        for name in ("tp", "pp", "cp"):
+        for name in ("pp", "cp"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} = {getattr(self, name)} is not available in this version; legal: 1")
-        if self.sequence:
-            raise ValueError("sequence = true is not available in this version; legal: false")
+        if self.sequence and self.tp == 1:
+            raise ValueError("sequence = true needs tp > 1, found tp = 1")
         return self
 
 

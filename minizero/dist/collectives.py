@@ -30,6 +30,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import groupby
+from math import prod
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,10 +42,12 @@ from minizero.dist.ledger import CommLedger
 from minizero.dist.mesh import DEFAULT_TIMEOUT
 from minizero.dist.neighbour import choose_transport
 from minizero.dist.positions import where_everyone_is
-from minizero.dist.sharding import FlatLayout
+from minizero.dist.sharding import FlatLayout, split_sizes
 from minizero.dist.transport import OPERATIONS, Call, Waitable
 
+T = TypeVar("T")
 FINGERPRINT_BYTES = 1024
+WORLD = "world"  # the axis of all ranks
 
 
 class CollectiveError(RuntimeError):
@@ -86,7 +90,7 @@ class Communicator:
 
     Args:
         mesh: the named mesh.
-        axis: which of its axes.
+        axis: which of its axes, or "world".
         ledger: where calls and bytes are counted.
         check: compare a fingerprint of every call over the group first (debug mode).
         transport: how slices travel on gloo: "messages", "memory", or "auto".
@@ -105,8 +109,9 @@ class Communicator:
         transport: str = "auto",
         timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
+        self._mesh, self._wanted, self._timeout = mesh, transport, timeout
         self.axis = axis
-        self.group = mesh.get_group(axis)
+        self.group = dist.distributed_c10d._get_default_group() if axis == WORLD else mesh.get_group(axis)
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
         self.ledger = ledger
@@ -125,6 +130,12 @@ class Communicator:
         if self.transport is None and self.size > 1:
             limit = timedelta(seconds=timeout)
             self._reduce_group = dist.new_group(self._ranks, timeout=limit, use_local_synchronization=True)
+
+    def along(self, axis: str) -> Communicator:
+        """The same for another axis of the mesh, with the same ledger; collective over that axis."""
+        return Communicator(
+            self._mesh, axis, self.ledger, check=self.check, transport=self._wanted, timeout=self._timeout
+        )
 
     # ---- whole buffers and shards ----
 
@@ -232,6 +243,109 @@ class Communicator:
         work.finish = lambda: add_up([shard], out, accumulate)
         return work
 
+    # ---- activations: parts of any size, one per rank ----
+
+    def gather_parts(self, part: Tensor, sizes: Sequence[int], dim: int, unit: str) -> Tensor:
+        """part[.. D_axis ..] -> whole[.. D ..]: every rank's part, laid side by side along `dim`.
+
+        `sizes` are the parts' lengths along `dim`, in rank order; they may differ.
+        """
+        shapes = [(*part.shape[:dim], size, *part.shape[dim + 1 :]) for size in sizes]
+        whole = prod(shapes[0]) // max(sizes[0], 1) * sum(sizes) if sizes[0] else prod(part.shape)
+        work = self._begin("all_gather", unit, part, whole, part.dtype, part.nbytes * (self.size - 1))
+        mine = part.contiguous()
+        parts = [mine if rank == self.rank else mine.new_empty(shape) for rank, shape in enumerate(shapes)]
+        if self.size > 1 and self.transport is None:
+            work.requests = [dist.all_gather(parts, mine, group=self.group, async_op=True)]
+            work.wait()
+        elif self.transport is not None:
+            self._swap(work, {peer: mine for peer in self._peers()}, parts, unit)
+        return torch.cat(parts, dim=dim)
+
+    def reduce_parts(self, whole: Tensor, sizes: Sequence[int], dim: int, unit: str) -> Tensor:
+        """whole[.. D ..] {partial over axis} -> part[.. D_axis ..]: this rank's part of the sum, in rank order."""
+        work = self._begin("reduce_scatter", unit, whole, whole.numel(), whole.dtype, 0)
+        pieces = [piece.contiguous() for piece in whole.split(list(sizes), dim=dim)]
+        if self.size == 1:
+            return pieces[0]
+        self.ledger.add_wire(self.axis, "reduce_scatter", unit, whole.nbytes - pieces[self.rank].nbytes)
+        mine = pieces[self.rank]
+        if self.transport is None:
+            out = torch.empty_like(mine)
+            work.requests = [dist.reduce_scatter(out, pieces, group=self.group, async_op=True)]
+            work.wait()
+            return out
+        parts = [mine if rank == self.rank else torch.empty_like(mine) for rank in range(self.size)]
+        self._swap(work, {peer: pieces[peer] for peer in self._peers()}, parts, unit)
+        return sum_in_order(parts)
+
+    def all_reduce(self, tensor: Tensor, unit: str) -> Callable[[], Tensor]:
+        """tensor {partial over axis} -> the sum over ranks, in rank order, a new tensor: call what is returned for it.
+
+        On gloo two ranks swap their tensors whole; more do a reduce-scatter and an all-gather.
+        """
+        wire = 2 * tensor.nbytes // self.size * (self.size - 1)
+        work = self._begin("all_reduce", unit, tensor, tensor.numel(), tensor.dtype, wire)
+        if self.size == 1:
+            return lambda: tensor
+        mine = tensor.contiguous()
+        if self.transport is None:
+            out = mine.clone()
+            work.requests = [dist.all_reduce(out, group=self.group, async_op=True)]
+
+            def native() -> Tensor:
+                work.wait()
+                return out
+
+            return native
+        if self.size == 2:
+            parts = [mine if rank == self.rank else torch.empty_like(mine) for rank in range(2)]
+            return self._start_swap(work, {peer: mine for peer in self._peers()}, parts, unit, sum_in_order)
+        flat = mine.flatten()
+        sizes = split_sizes(flat.numel(), self.size)
+        pieces = flat.split(sizes)
+        own = pieces[self.rank]
+        parts = [own if rank == self.rank else torch.empty_like(own) for rank in range(self.size)]
+        reduced = self._start_swap(work, {peer: pieces[peer] for peer in self._peers()}, parts, unit, sum_in_order)
+
+        def gathered() -> Tensor:
+            total = reduced()
+            shares = [total if rank == self.rank else flat.new_empty(size) for rank, size in enumerate(sizes)]
+            self._swap(self._work(work.description), {peer: total for peer in self._peers()}, shares, unit)
+            return torch.cat(shares).view(tensor.shape)
+
+        return gathered
+
+    def _swap(self, work: Work, outgoing: dict[int, Tensor], parts: list[Tensor], unit: str) -> None:
+        self._start_swap(work, outgoing, parts, unit, lambda _: None)()
+
+    def _start_swap(
+        self,
+        work: Work,
+        outgoing: dict[int, Tensor],
+        parts: list[Tensor],
+        unit: str,
+        finish: Callable[[list[Tensor]], T],
+    ) -> Callable[[], T]:
+        """Give each peer a tensor and fill `parts` (but the own one) from them; call what is returned to wait."""
+        assert self.transport is not None
+        host = [part.cpu() if part.is_cuda else part for part in parts]
+        running = self.transport.exchange(
+            {peer: [piece.cpu().reshape(-1)] for peer, piece in outgoing.items()},
+            {peer: [host[peer].view(-1)] for peer in self._peers()},
+            self._call("exchange", unit),
+        )
+        work.requests = [*running.arrivals, *running.departures]
+
+        def wait() -> T:
+            work.wait()
+            for part, arrived in zip(parts, host, strict=True):
+                if part is not arrived:
+                    part.copy_(arrived)
+            return finish(parts)
+
+        return wait
+
     # ---- small things, always waited for ----
 
     def broadcast(self, tensor: Tensor, source: int, unit: str) -> None:
@@ -331,6 +445,14 @@ def add_up(parts: Sequence[Tensor], target: Tensor, accumulate: bool) -> None:
         total.add_(part)
     if accumulate:
         target.add_(total)
+
+
+def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
+    """parts[0] + parts[1] + ..., left to right: the same bits on every rank. The first is not written to."""
+    total = parts[0] + parts[1]
+    for part in parts[2:]:
+        total.add_(part)
+    return total
 
 
 def call_site() -> str:

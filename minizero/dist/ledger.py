@@ -41,6 +41,10 @@ class CommLedger:
         key = (axis, operation, self.current_phase, unit)
         self.counts.setdefault(key, Count()).add(Count(1, payload, wire))
 
+    def add_wire(self, axis: str, operation: str, unit: str, wire: int) -> None:
+        """More wire bytes of a call that is entered already."""
+        self.counts[axis, operation, self.current_phase, unit].wire += wire
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Everything communicated inside belongs to phase `name` (forward, backward, step, ...)."""

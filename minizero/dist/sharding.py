@@ -1,4 +1,4 @@
-"""How flat shards relate to named parameters. Integers only.
+"""How shards relate to named parameters: flat ones (ZeRO), and ranges along a dim (tensor parallel).
 
 Parameters that are communicated together lie behind each other in one flat buffer, padded at its end so that
 it divides into `world` equal shards; rank r owns shard r:
@@ -16,6 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+
+import torch
+from torch import Tensor
 
 ALIGNMENT = 32  # elements: keeps every shard of fp32 and bf16 on a 64-byte boundary
 
@@ -92,6 +95,60 @@ class ShardSpec:
         if self.flat_range is not None:
             return self.flat_range[1] - self.flat_range[0]
         return prod(stop - start for start, stop in self.box)
+
+
+def split_sizes(size: int, parts: int) -> list[int]:
+    """`size` in `parts` pieces as equal as can be, the larger ones first."""
+    return [size // parts + (index < size % parts) for index in range(parts)]
+
+
+@dataclass(frozen=True)
+class TensorShard:
+    """What one tensor-parallel rank holds of a parameter: some ranges along one dim, laid side by side.
+
+    Attributes:
+        shape: of the whole parameter.
+        dim: the one that is cut; -1 where the parameter is whole on every rank.
+        ranges: [start, stop) along `dim`, per rank. Ranks with equal ranges hold copies.
+        rank: this one.
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    ranges: tuple[tuple[tuple[int, int], ...], ...]
+    rank: int
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        if self.dim < 0:
+            return self.shape
+        size = sum(stop - start for start, stop in self.ranges[self.rank])
+        return (*self.shape[: self.dim], size, *self.shape[self.dim + 1 :])
+
+    @property
+    def copies(self) -> list[int]:
+        """The ranks that hold what this rank holds."""
+        if self.dim < 0:
+            return list(range(len(self.ranges)))
+        return [rank for rank, ranges in enumerate(self.ranges) if ranges == self.ranges[self.rank]]
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """This rank's part of the whole parameter; a copy, unless it is all of it."""
+        if self.dim < 0:
+            return whole
+        pieces = [whole.narrow(self.dim, start, stop - start) for start, stop in self.ranges[self.rank]]
+        return torch.cat(pieces, dim=self.dim)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The whole parameter from every rank's part, in rank order."""
+        if self.dim < 0:
+            return parts[self.rank]
+        whole = parts[0].new_empty(self.shape)
+        for part, ranges in zip(parts, self.ranges, strict=True):
+            sizes = [stop - start for start, stop in ranges]
+            for piece, (start, stop) in zip(part.split(sizes, dim=self.dim), ranges, strict=True):
+                whole.narrow(self.dim, start, stop - start).copy_(piece)
+        return whole
 
 
 def whole_box(shape: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -17,7 +17,8 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-OPERATIONS = ("all_gather", "reduce_scatter")  # each is called in one order on all ranks, but not in one order together
+# Each is called in one order on all ranks, but not in one order together. `exchange` stands for those of activations.
+OPERATIONS = ("all_gather", "reduce_scatter", "exchange")
 
 
 class Waitable(Protocol):

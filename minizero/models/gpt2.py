@@ -8,6 +8,8 @@ Shape suffixes: B batch, S sequence, H hidden, N heads, D head width, V vocabula
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,10 +19,10 @@ from minizero.models.layers import (
     INIT_STD,
     Embedding,
     Linear,
+    SummedCrossEntropy,
     causal_attention,
     residual_std,
     split_heads,
-    summed_cross_entropy,
 )
 
 
@@ -30,18 +32,33 @@ class GPT2(nn.Module):
     Learned positions end at `max_sequence_length`; a longer input raises ValueError.
     """
 
+    tensor_plan: ClassVar[dict[str, str]] = {
+        "transformer.wte": "vocab",
+        "transformer.h.0": "sequence_begin",
+        "transformer.h.*.ln_1": "sequence",
+        "transformer.h.*.attn.c_attn": "colwise_fused",
+        "transformer.h.*.attn.c_proj": "rowwise",
+        "transformer.h.*.ln_2": "sequence",
+        "transformer.h.*.mlp.c_fc": "colwise",
+        "transformer.h.*.mlp.c_proj": "rowwise",
+        "transformer.ln_f": "sequence",
+        "lm_head": "vocab_head",
+    }
+    """How layers may be cut over ranks; read by `minizero.parallel.plan`."""
+
     def __init__(self, config: ModelConfig, vocab_size: int, max_sequence_length: int) -> None:
         super().__init__()
         if config.num_kv_heads not in (None, config.num_heads):
             raise ValueError(f"model.num_kv_heads = {config.num_kv_heads}: a gpt2 has as many as num_heads")
         self.transformer = Transformer(config, vocab_size, max_sequence_length)
         self.lm_head = Linear(config.hidden_size, vocab_size, std=INIT_STD)
+        self.loss = SummedCrossEntropy()
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         logits_BSV = self.lm_head(self.transformer(input_ids))
-        return logits_BSV if labels is None else summed_cross_entropy(logits_BSV, labels)
+        return logits_BSV if labels is None else self.loss(logits_BSV, labels)
 
 
 class Transformer(nn.Module):

@@ -87,6 +87,13 @@ def split_heads(x_BSE: Tensor, head_dim: int) -> Tensor:
     return x_BSE.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
+class SummedCrossEntropy(nn.Module):
+    """`summed_cross_entropy` as a module: a place for another loss that gives the same numbers."""
+
+    def forward(self, logits_BSV: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+        return summed_cross_entropy(logits_BSV, labels_BS)
+
+
 def summed_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
     """(sum of -log p(label) in nats, in at least fp32; number of labels that count, int64), both 0-d.
 

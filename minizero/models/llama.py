@@ -7,6 +7,8 @@ Shape suffixes: B batch, S sequence, H hidden, N query heads, M key/value heads,
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,9 +18,9 @@ from minizero.models.layers import (
     Embedding,
     Linear,
     RMSNorm,
+    SummedCrossEntropy,
     causal_attention,
     split_heads,
-    summed_cross_entropy,
 )
 
 Rope = tuple[Tensor, Tensor]
@@ -30,6 +32,23 @@ class Llama(nn.Module):
 
     Rotary positions set no limit of their own, so `max_sequence_length` is only what the model is meant for.
     """
+
+    tensor_plan: ClassVar[dict[str, str]] = {
+        "model.embed_tokens": "vocab",
+        "model.layers.0": "sequence_begin",
+        "model.layers.*.input_layernorm": "sequence",
+        "model.layers.*.self_attn.q_proj": "colwise",
+        "model.layers.*.self_attn.k_proj": "colwise_kv",
+        "model.layers.*.self_attn.v_proj": "colwise_kv",
+        "model.layers.*.self_attn.o_proj": "rowwise",
+        "model.layers.*.post_attention_layernorm": "sequence",
+        "model.layers.*.mlp.gate_proj": "colwise",
+        "model.layers.*.mlp.up_proj": "colwise",
+        "model.layers.*.mlp.down_proj": "rowwise",
+        "model.norm": "sequence",
+        "lm_head": "vocab_head",
+    }
+    """How layers may be cut over ranks; read by `minizero.parallel.plan`."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, max_sequence_length: int) -> None:
         super().__init__()
@@ -43,12 +62,13 @@ class Llama(nn.Module):
         self.max_sequence_length = max_sequence_length
         self.model = Decoder(config, vocab_size)
         self.lm_head = Linear(config.hidden_size, vocab_size)
+        self.loss = SummedCrossEntropy()
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         logits_BSV = self.lm_head(self.model(input_ids))
-        return logits_BSV if labels is None else summed_cross_entropy(logits_BSV, labels)
+        return logits_BSV if labels is None else self.loss(logits_BSV, labels)
 
 
 class Decoder(nn.Module):

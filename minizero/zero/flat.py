@@ -16,17 +16,23 @@ Glossary (N = data-parallel ranks, S = shard elements, dtype in brackets):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from minizero.dist.layout import TensorLayout
 from minizero.dist.sharding import FlatLayout, Span
 from minizero.zero.policy import Policy
 
 
 class FlatGroup:
-    """The parameters of one unit that share dtype and trainability."""
+    """The parameters of one unit that share dtype, trainability, and how tensor parallelism shares them.
+
+    Attributes:
+        counts: whether this rank's squares enter the global norm: of tensor-parallel copies, only the first's do.
+        sums_over: the tensor-parallel ranks whose gradients are parts of one sum.
+    """
 
     def __init__(
         self,
@@ -36,6 +42,7 @@ class FlatGroup:
         world: int,
         device: torch.device,
         policy: Policy,
+        tensor: TensorLayout | None = None,
     ) -> None:
         self.names = tuple(parameters)
         self.parameters = tuple(parameters.values())
@@ -48,6 +55,11 @@ class FlatGroup:
         self.frees_whole = policy.shards_parameters and world > 1
         self.owned_ranks = (rank,) if policy.shards_optimizer else tuple(range(world))
         self.grad: Tensor | None = None
+        self.counts = True
+        self.sums_over: tuple[int, ...] = (0,)
+        if tensor is not None:
+            self.counts = tensor.copies(self.parameters[0])[0] == tensor.comm.rank
+            self.sums_over = tensor.sums_over(self.parameters[0])
         self.nothing = float("nan") if self.dtype.is_floating_point else 0
         self.nan = torch.full((), self.nothing, dtype=self.dtype, device=device)
         self._allocate(device, policy)
@@ -166,11 +178,12 @@ def host_tensor(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return host.copy_(like)
 
 
-def group_parameters(parameters: dict[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
-    """Split a unit's parameters by (dtype, trainable), in order of first appearance."""
-    groups: dict[tuple[torch.dtype, bool], dict[str, nn.Parameter]] = {}
+def group_parameters(parameters: dict[str, nn.Parameter], layout: TensorLayout | None) -> list[dict[str, nn.Parameter]]:
+    """Split a unit's parameters by (dtype, trainable, how tensor parallelism shares them), in order of appearance."""
+    groups: dict[Hashable, dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        groups.setdefault((parameter.dtype, parameter.requires_grad), {})[name] = parameter
+        shared = layout is not None and (layout.copies(parameter), layout.sums_over(parameter))
+        groups.setdefault((parameter.dtype, parameter.requires_grad, shared), {})[name] = parameter
     return list(groups.values())
 
 

@@ -10,7 +10,8 @@ one, else the module's own `reset_parameters()`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,9 +47,15 @@ def move_off_meta(model: nn.Module, device: torch.device) -> dict[nn.Parameter, 
 
 
 def initial_values(
-    model: nn.Module, uninitialized: set[nn.Parameter], device: torch.device, seed: int
+    model: nn.Module,
+    uninitialized: set[nn.Parameter],
+    device: torch.device,
+    seed: int,
+    initializers: Mapping[nn.Module, nn.Module] = MappingProxyType({}),
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """(parameter, its whole initial value), each parameter once, one module's memory at a time.
+
+    A module that holds a part of its parameters is filled by its whole stand-in of `initializers`.
 
     Raises ValueError naming the module or parameter that has no initializer, or one that left a value unset.
     """
@@ -56,7 +63,8 @@ def initial_values(
     for name, module in model.named_modules():
         own = {key: p for key, p in module.named_parameters(recurse=False) if p in left}
         if own or any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            yield from initialize_module(model, name, module, own, device, seed)
+            filled_by = initializers.get(module, module)
+            yield from initialize_module(model, name, filled_by, own, device, seed)
             left -= set(own.values())
 
 
@@ -65,7 +73,7 @@ def initialize_module(
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Give one module memory, run its initializer, hand its values on, and take the memory away again."""
     shared = dict(module.named_parameters(recurse=False))
-    for key, parameter in shared.items():
+    for key, parameter in shared.items():  # of the module, or of its whole stand-in
         poison = torch.full(parameter.shape, float("nan"), dtype=parameter.dtype, device=device)
         module._parameters[key] = nn.Parameter(poison, parameter.requires_grad)
     unset: dict[str, tuple[Tensor, int]] = {}  # buffers that the initializer must fill, and their version before it

@@ -5,8 +5,8 @@ Any element-wise torch optimizer works inside: its param groups are rewritten in
 given the optimizer go on working.
 
 The global norm is one routine for every layout: each rank sums the squares of *its own* slices (rows of 4096 in fp32,
-the rows in float64), all ranks gather the sums and add them in rank order. The same exchange
-carries token counts and losses, so a step has one small collective.
+the rows in float64), all ranks gather the sums and add them in rank order; of tensor-parallel copies one counts. The
+same exchange carries token counts and losses, so a step has one small collective.
 """
 
 from __future__ import annotations
@@ -183,15 +183,21 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return result
 
     def _exchange(self, window: Window) -> tuple[list[float], float, list[float]]:
-        """(sum of squares per flat group, tokens over all ranks, loss sum of each rank)."""
+        """(sum of squares per unit, tokens over all ranks, loss sum of each data-parallel rank)."""
         device = self.runtime.device
-        groups = [group for group in self.runtime.groups if group.trainable]
         zero = torch.zeros((), dtype=torch.float64, device=device)
         tokens = window.tokens.double() if window.tokens is not None else zero
         loss = window.loss if window.loss is not None else zero
-        own = [squared_norm(group.grad_shard()) for group in groups] + [tokens.to(device), loss.to(device)]
+        own = [
+            sum((squared_norm(g.grad_shard()) for g in unit.groups if g.trainable and g.counts), start=zero)
+            for unit in self.runtime.units
+        ]
+        own += [tokens.to(device), loss.to(device)]
         rows = self.runtime.comm.gather_rows(torch.stack(own), "norm, tokens and loss").cpu()
         squares = [math.fsum(column) for column in rows[:, :-2].T.tolist()]
+        if self.runtime.tensor is not None:
+            parts = torch.tensor(squares, dtype=torch.float64, device=device)
+            squares = [math.fsum(c) for c in self.runtime.tensor.comm.gather_rows(parts, "norm").T.tolist()]
         return squares, math.fsum(rows[:, -2].tolist()), rows[:, -1].tolist()
 
     def _check_finite(self, result: StepResult, squares: list[float], losses: list[float]) -> None:
@@ -205,16 +211,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 "Look at that rank's batch, or lower the learning rate."
             )
         if self.skips_in_a_row >= MAX_SKIPS and self.scaler.exhausted:
-            bad = next((self._unit_of(i) for i, s in enumerate(squares) if not math.isfinite(s)), "none")
+            bad = next(
+                (u.name for u, s in zip(self.runtime.units, squares, strict=True) if not math.isfinite(s)), "none"
+            )
             self.runtime.drop_gradients()
             raise FloatingPointError(
                 f"gradients were not finite {self.skips_in_a_row} steps in a row; first such unit: {bad}. "
                 "Nothing was updated in those steps." + (" bf16 needs no loss scale." if self.scaler.dynamic else "")
             )
-
-    def _unit_of(self, index: int) -> str:
-        trainable = [unit.name for unit in self.runtime.units for group in unit.groups if group.trainable]
-        return trainable[index]
 
     def _update(self, factor: float) -> int:
         """Scale this rank's gradients and let the inner optimizer update its slices; bytes moved between devices."""

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from minizero.dist.collectives import Communicator
+from minizero.dist.collectives import Communicator, sum_in_order
+from minizero.dist.layout import TensorLayout
 from minizero.dist.sharding import ShardSpec, whole_box
 from minizero.zero.flat import FlatGroup, total_bytes
 from minizero.zero.gather import ParameterGatherer
@@ -48,12 +49,19 @@ class ZeroRuntime:
         comm: the data-parallel axis.
         policy: stage, dtypes, overlap.
         seed: of the initialization of meta parameters.
+        tensor: what tensor parallelism did to the model, where it did.
 
     Raises ValueError when the model has no trainable parameter, one that cannot be initialized, or an engine already.
     """
 
     def __init__(
-        self, model: nn.Module, comm: Communicator, policy: Policy, device: torch.device, seed: int = 0
+        self,
+        model: nn.Module,
+        comm: Communicator,
+        policy: Policy,
+        device: torch.device,
+        seed: int = 0,
+        tensor: TensorLayout | None = None,
     ) -> None:
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{type(model).__name__} has no trainable parameter")
@@ -64,8 +72,13 @@ class ZeroRuntime:
         self.policy = policy
         self.device = device
         self.replaced = move_off_meta(model, device)  # optimizers may still hold the parameters of the meta device
-        self.units = [Unit(spec, comm, device, policy) for spec in find_units(model)]
-        self._load(set(self.replaced.values()), seed)
+        uninitialized = set(self.replaced.values())
+        self.tensor = tensor
+        if tensor is not None:
+            tensor.replace(self.replaced)
+            self.replaced |= tensor.parts  # optimizers may hold the whole ones too
+        self.units = [Unit(spec, comm, device, policy, tensor) for spec in find_units(model)]
+        self._load(uninitialized, seed)
         self.gatherer: ParameterGatherer | None = None
         self.reducer = GradientReducer(self.units, policy, self._unit_done, self._before_reduce)
         if policy.shards_parameters and comm.size > 1:
@@ -94,9 +107,10 @@ class ZeroRuntime:
 
     def _load(self, uninitialized: set[nn.Parameter], seed: int) -> None:
         places = self.locate()
-        for parameter, value in initial_values(self.model, uninitialized, self.device, seed):
+        initializers = self.tensor.initializers if self.tensor is not None else {}
+        for parameter, value in initial_values(self.model, uninitialized, self.device, seed, initializers):
             _, group, index = places[parameter]
-            group.load(index, value)
+            group.load(index, value if self.tensor is None else self.tensor.shard(parameter).cut(value))
         for parameter, (unit, group, index) in places.items():
             if parameter not in uninitialized:
                 value = parameter.detach().contiguous()
@@ -143,11 +157,23 @@ class ZeroRuntime:
     def finish_gradients(self) -> None:
         """Reduced gradients of everything, wherever the last backward left them."""
         self.reducer.flush()
+        self._sum_over_tensor_axis()
         if not self.policy.shards_optimizer:
             for unit in self.units:
                 unit.spread_gradients()
             for unit in self.units:
                 unit.finish_refresh()
+
+    def _sum_over_tensor_axis(self) -> None:
+        """Complete the gradients of which tensor-parallel ranks have a part each (copies, sequence parallel)."""
+        if self.tensor is None or self.tensor.comm.size == 1:
+            return
+        comm = self.tensor.comm
+        for unit in self.units:
+            for group in unit.groups:
+                if group.trainable and len(group.sums_over) > 1:
+                    rows = comm.gather_rows(group.grad_shard(), f"{unit.name}, parts of gradients")
+                    group.grad_shard().copy_(sum_in_order([rows[rank] for rank in group.sums_over]))
 
     def refresh(self) -> int:
         """After the optimizer: parameters follow their masters. Returns the bytes that crossed between devices."""
@@ -200,7 +226,9 @@ class ZeroRuntime:
             was_sharded = unit.frees_whole and (self.gatherer is None or not self.gatherer.suspended)
             unit.make_whole()
             for group in unit.groups:
-                yield from zip(group.names, (p.detach() for p in group.parameters), strict=True)
+                for name, parameter in zip(group.names, group.parameters, strict=True):
+                    value = parameter.detach()
+                    yield name, value if self.tensor is None else self.tensor.whole(parameter, value, unit.name)
             if was_sharded:
                 unit.release()
         self.comm.settle()

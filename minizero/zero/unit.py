@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minizero.dist.collectives import Communicator, Work
+from minizero.dist.layout import TensorLayout
 from minizero.zero.flat import FlatGroup, group_parameters
 from minizero.zero.policy import Policy
 from minizero.zero.units import ROOT, UnitSpec
@@ -36,14 +37,21 @@ class State(Enum):
 class Unit:
     """One `UnitSpec` with buffers. Collective verbs must be called on every rank in the same order."""
 
-    def __init__(self, spec: UnitSpec, comm: Communicator, device: torch.device, policy: Policy) -> None:
+    def __init__(
+        self,
+        spec: UnitSpec,
+        comm: Communicator,
+        device: torch.device,
+        policy: Policy,
+        tensor: TensorLayout | None = None,
+    ) -> None:
         self.name = spec.name
         self.module = spec.module
         self.comm = comm
         self.policy = policy
         self.groups = [
-            FlatGroup(parameters, rank=comm.rank, world=comm.size, device=device, policy=policy)
-            for parameters in group_parameters(spec.parameters)
+            FlatGroup(parameters, rank=comm.rank, world=comm.size, device=device, policy=policy, tensor=tensor)
+            for parameters in group_parameters(spec.parameters, tensor)
         ]
         self.frees_whole = policy.shards_parameters and comm.size > 1
         self.state = State.WHOLE

@@ -1,0 +1,127 @@
+"""Collectives with a backward: each is half of a pair, and its backward is the other half's forward.
+
+The names are Megatron-LM's (Shoeybi et al., arXiv 1909.08053; Korthikanti et al., arXiv 2205.05198):
+
+    operator                  forward          backward         where
+    f     copy_to_region      identity         all-reduce       into a tensor-parallel region
+    g     reduce_from_region  all-reduce       identity         out of it
+    g     gather_sequence     all-gather       reduce-scatter   into it, sequence parallel
+    g bar scatter_sequence    reduce-scatter   all-gather       out of it, sequence parallel
+          split_sequence      own part         all-gather       where what is whole becomes sequence parallel
+          join_sequence       all-gather       own part         where it is whole again
+          gather_features     all-gather       own part         the same for the last dim
+
+A parameter used on a part of the sequence gets a part of its gradient: those are summed over the axis before the step.
+
+Shape suffixes: B batch, S sequence, H hidden; dim 1 is the sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+
+from minizero.dist.collectives import Communicator
+from minizero.dist.sharding import split_sizes
+
+SEQUENCE_DIM = 1
+
+
+class _CopyToRegion(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Communicator, unit: str) -> Tensor:
+        ctx.comm, ctx.unit = comm, unit
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return ctx.comm.all_reduce(grads[0], ctx.unit)(), None, None
+
+
+class _ReduceFromRegion(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Communicator, unit: str) -> Tensor:
+        return comm.all_reduce(x, unit)()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None, None
+
+
+class _Gather(Function):
+    """Parts along `dim` to the whole; backward reduce-scatters, or takes its own part where the gradient is whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Communicator, unit: str, sizes: list[int], dim: int, sums: bool) -> Tensor:
+        ctx.comm, ctx.unit, ctx.sizes, ctx.dim, ctx.sums = comm, unit, sizes, dim, sums
+        return comm.gather_parts(x, sizes, dim, unit)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if ctx.sums:
+            part = ctx.comm.reduce_parts(grads[0], ctx.sizes, ctx.dim, ctx.unit)
+        else:
+            part = grads[0].split(ctx.sizes, dim=ctx.dim)[ctx.comm.rank]
+        return part, None, None, None, None, None
+
+
+class _Scatter(Function):
+    """The whole to parts along `dim`, summing over ranks or taking its own part; backward gathers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Communicator, unit: str, sizes: list[int], dim: int, sums: bool) -> Tensor:
+        ctx.comm, ctx.unit, ctx.sizes, ctx.dim = comm, unit, sizes, dim
+        if sums:
+            return comm.reduce_parts(x, sizes, dim, unit)
+        return x.split(sizes, dim=dim)[comm.rank].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return ctx.comm.gather_parts(grads[0], ctx.sizes, ctx.dim, ctx.unit), None, None, None, None, None
+
+
+def copy_to_region(x_BSH: Tensor, comm: Communicator, unit: str) -> Tensor:
+    """f: x as it is; the gradients of all ranks' uses of it are summed."""
+    return _CopyToRegion.apply(x_BSH, comm, unit) if comm.size > 1 else x_BSH
+
+
+def reduce_from_region(x_BSH: Tensor, comm: Communicator, unit: str) -> Tensor:
+    """g: x {partial over axis} -> the sum over ranks."""
+    return _ReduceFromRegion.apply(x_BSH, comm, unit) if comm.size > 1 else x_BSH
+
+
+def gather_sequence(x_BSH: Tensor, comm: Communicator, unit: str, length: int) -> Tensor:
+    """x[B, S_axis, H] -> x[B, S, H], S = `length`; backward sums the gradients of all ranks' uses."""
+    if comm.size == 1:
+        return x_BSH
+    return _Gather.apply(x_BSH, comm, unit, split_sizes(length, comm.size), SEQUENCE_DIM, True)
+
+
+def scatter_sequence(x_BSH: Tensor, comm: Communicator, unit: str) -> Tensor:
+    """x[B, S, H] {partial over axis} -> the sum's part x[B, S_axis, H]."""
+    if comm.size == 1:
+        return x_BSH
+    sizes = split_sizes(x_BSH.shape[SEQUENCE_DIM], comm.size)
+    return _Scatter.apply(x_BSH, comm, unit, sizes, SEQUENCE_DIM, True)
+
+
+def split_sequence(x_BSH: Tensor, comm: Communicator, unit: str) -> Tensor:
+    """x[B, S, H], the same on all ranks -> its part x[B, S_axis, H]."""
+    if comm.size == 1:
+        return x_BSH
+    sizes = split_sizes(x_BSH.shape[SEQUENCE_DIM], comm.size)
+    return _Scatter.apply(x_BSH, comm, unit, sizes, SEQUENCE_DIM, False)
+
+
+def join_sequence(x_BSH: Tensor, comm: Communicator, unit: str, length: int) -> Tensor:
+    """x[B, S_axis, H] -> x[B, S, H], S = `length`, for uses that are the same on all ranks."""
+    if comm.size == 1:
+        return x_BSH
+    return _Gather.apply(x_BSH, comm, unit, split_sizes(length, comm.size), SEQUENCE_DIM, False)
+
+
+def gather_features(x_BSV: Tensor, comm: Communicator, unit: str, sizes: list[int]) -> Tensor:
+    """x[B, S, V_axis] -> x[B, S, V], for uses that are the same on all ranks; `sizes` of the parts may differ."""
+    return _Gather.apply(x_BSV, comm, unit, sizes, x_BSV.dim() - 1, False) if comm.size > 1 else x_BSV

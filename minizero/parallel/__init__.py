@@ -1,0 +1,1 @@
+"""One layer over several ranks: tensor and sequence parallel."""

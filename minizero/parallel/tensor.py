@@ -1,0 +1,223 @@
+"""Tensor and sequence parallel layers: one matrix product over several ranks.
+
+A **region** is what one f and one g enclose (Shoeybi et al., "Megatron-LM", arXiv 1909.08053): a column-parallel layer,
+whatever works on its features one by one (activation, attention heads), a row-parallel layer:
+
+    x[B, S, H] -f-> X W1[H, F_tp] -> act -> W2[F_tp, H] {partial} -g-> y[B, S, H]
+
+With `sequence`, what lies between regions (norms, residuals, dropout) works on S_tp of the sequence, and f and g become
+an all-gather and a reduce-scatter: the same bytes, 1/tp of the activations (Korthikanti et al., arXiv 2205.05198).
+
+Nothing is padded: a width or a vocabulary that does not divide is cut into parts that differ by one.
+
+Shape suffixes: B batch, S sequence, H hidden, F features of a rank, V vocabulary (a rank's rows where it says so),
+T = B · S tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from minizero.dist import conjugate
+from minizero.dist.collectives import Communicator
+from minizero.dist.sharding import TensorShard
+
+
+@dataclass
+class TensorAxis:
+    """The tensor-parallel axis as the layers see it.
+
+    Attributes:
+        comm: its collectives. sequence: whether regions are sequence parallel.
+        length: of the sequence of the running forward, known to who cut it.
+    """
+
+    comm: Communicator
+    sequence: bool = False
+    length: int = 0
+
+    def enter(self, x_BSH: Tensor, unit: str) -> Tensor:
+        """Into a region: f, or the all-gather of the sequence."""
+        if self.sequence:
+            return conjugate.gather_sequence(x_BSH, self.comm, unit, self.length)
+        return conjugate.copy_to_region(x_BSH, self.comm, unit)
+
+    def leave(self, x_BSH: Tensor, unit: str) -> Tensor:
+        """Out of a region: g, or the reduce-scatter of the sequence."""
+        if self.sequence:
+            return conjugate.scatter_sequence(x_BSH, self.comm, unit)
+        return conjugate.reduce_from_region(x_BSH, self.comm, unit)
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x Wᵀ + b with the rows of W over the ranks: W[F_tp, H], y[B, S, F_tp].
+
+    Args:
+        weight: this rank's [F, H], or [H, F] where `transposed` (GPT-2's Conv1D). bias: this rank's [F], or None.
+        axis: the tensor-parallel axis. unit: names its communication.
+        enters: whether the layer is its own way into the region; else whoever calls it has entered.
+        gather: lengths of all ranks' outputs, to give them whole (a head whose user wants all logits); None: do not.
+    """
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        axis: TensorAxis,
+        unit: str,
+        *,
+        transposed: bool = False,
+        enters: bool = True,
+        gather: list[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.axis, self.unit = axis, unit
+        self.transposed, self.enters, self.gather = transposed, enters, gather
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        if self.enters:
+            x_BSH = self.axis.enter(x_BSH, self.unit)
+        y_BSF = F.linear(x_BSH, self.weight.t() if self.transposed else self.weight, self.bias)
+        return (
+            y_BSF if self.gather is None else conjugate.gather_features(y_BSF, self.axis.comm, self.unit, self.gather)
+        )
+
+
+class RowParallelLinear(nn.Module):
+    """y = x Wᵀ + b with the columns of W over the ranks: W[H, F_tp], x[B, S, F_tp]; the bias is added once, after g.
+
+    Args: as of `ColumnParallelLinear`; the bias is whole on every rank.
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, axis: TensorAxis, unit: str, *, transposed: bool = False
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.axis, self.unit, self.transposed = axis, unit, transposed
+
+    def forward(self, x_BSF: Tensor) -> Tensor:
+        y_BSH = F.linear(x_BSF, self.weight.t() if self.transposed else self.weight)
+        y_BSH = self.axis.leave(y_BSH, self.unit)
+        return y_BSH if self.bias is None else y_BSH + self.bias
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows of the table over the ranks: W[V_tp, H]. A token's row is looked up where it is, and g sums what was found.
+
+    Args:
+        weight: this rank's rows. start: number of the first. axis, unit: as of `ColumnParallelLinear`.
+        padding: the token whose row gets no gradient, or None.
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, start: int, axis: TensorAxis, unit: str, padding: int | None = None
+    ) -> None:
+        super().__init__()
+        self.weight, self.start = weight, start
+        self.axis, self.unit = axis, unit
+        here = padding is not None and start <= padding < start + weight.shape[0]
+        self.padding = padding - start if padding is not None and here else None
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        local_BS = tokens_BS - self.start
+        elsewhere_BS = (local_BS < 0) | (local_BS >= self.weight.shape[0])
+        x_BSH = F.embedding(local_BS.masked_fill(elsewhere_BS, 0), self.weight, self.padding)
+        x_BSH = x_BSH.masked_fill(elsewhere_BS.unsqueeze(-1), 0.0)
+        return conjugate.reduce_from_region(x_BSH, self.axis.comm, self.unit)
+
+
+# ---- the loss, where logits are never gathered ----
+
+
+class _VocabParallelCrossEntropy(Function):
+    """Loss per token; see `vocab_parallel_cross_entropy`. Saves the local softmax, in the logits' own memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_TV: Tensor,
+        labels_T: Tensor,
+        comm: Communicator,
+        shard: TensorShard,
+        smoothing: float,
+        z: float,
+    ) -> Tensor:
+        ((start, _),) = shard.ranges[shard.rank]
+        vocab = shard.shape[0]
+        unit = "cross entropy"
+        highest_T = logits_TV.amax(dim=-1)
+        highest_T = comm.gather_rows(highest_T, unit).amax(dim=0)
+        shifted_TV = logits_TV - highest_T.unsqueeze(-1)  # the one new tensor of the logits' size
+        local_T = labels_T - start
+        elsewhere_T = (local_T < 0) | (local_T >= logits_TV.shape[-1])
+        index_T1 = local_T.masked_fill(elsewhere_T, 0).unsqueeze(-1)
+        target_T = shifted_TV.gather(-1, index_T1).squeeze(-1).masked_fill(elsewhere_T, 0.0)
+        sums_T = shifted_TV.sum(dim=-1) if smoothing else torch.zeros_like(target_T)
+        softmax_TV = shifted_TV.exp_()
+        stacked = torch.stack([softmax_TV.sum(dim=-1), target_T, sums_T])
+        total_T, target_T, sums_T = comm.all_reduce(stacked, unit)()
+        softmax_TV.div_(total_T.unsqueeze(-1))
+        log_z_T = total_T.log() + highest_T
+        loss_T = total_T.log() - (1 - smoothing) * target_T - smoothing / vocab * sums_T + z * log_z_T.square()
+        ctx.save_for_backward(softmax_TV, index_T1, elsewhere_T, log_z_T)
+        ctx.smoothing, ctx.vocab, ctx.z = smoothing, vocab, z
+        return loss_T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        softmax_TV, index_T1, elsewhere_T, log_z_T = ctx.saved_tensors
+        factor_T = grads[0]
+        grad_TV = softmax_TV.mul_((factor_T * (1 + 2 * ctx.z * log_z_T)).unsqueeze(-1))
+        if ctx.smoothing:
+            grad_TV.sub_((factor_T * ctx.smoothing / ctx.vocab).unsqueeze(-1))
+        here_T = factor_T.masked_fill(elsewhere_T, 0.0) * (1 - ctx.smoothing)
+        grad_TV.scatter_add_(-1, index_T1, -here_T.unsqueeze(-1))
+        return grad_TV, None, None, None, None, None
+
+
+def vocab_parallel_cross_entropy(
+    logits_TV: Tensor,
+    labels_T: Tensor,
+    comm: Communicator,
+    shard: TensorShard,
+    *,
+    ignored: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """-log softmax(logits)[label] per token, in at least fp32, 0 where the label is `ignored`; never gathers logits.
+
+    Args:
+        logits_TV: this rank's columns. labels_T: int64, in the whole vocabulary.
+        shard: how the head's rows (the vocabulary) are cut.
+        label_smoothing: ε of Szegedy et al. (arXiv 1512.00567): the target is (1 - ε) one-hot + ε / V.
+        z_loss: factor of log² Z (PaLM, arXiv 2204.02311).
+
+    Three numbers per token cross between ranks: the largest logit, then Σ exp and the label's logit.
+    """
+    wide_TV = logits_TV.float() if logits_TV.dtype in (torch.float16, torch.bfloat16) else logits_TV
+    counted_T = labels_T != ignored
+    safe_T = labels_T.masked_fill(~counted_T, 0)
+    loss_T = _VocabParallelCrossEntropy.apply(wide_TV, safe_T, comm, shard, label_smoothing, z_loss)
+    return loss_T.masked_fill(~counted_T, 0.0)
+
+
+class VocabParallelLoss(nn.Module):
+    """(sum of the losses, number of labels that count) from cut logits: what our models' loss is over whole ones."""
+
+    def __init__(self, comm: Communicator, shard: TensorShard) -> None:
+        super().__init__()
+        self.comm, self.shard = comm, shard
+
+    def forward(self, logits_BSV: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+        labels_T = labels_BS.flatten()
+        loss_T = vocab_parallel_cross_entropy(logits_BSV.flatten(0, 1), labels_T, self.comm, self.shard)
+        return loss_T.sum(), (labels_T != -100).sum()

@@ -1,0 +1,308 @@
+"""One layer over several ranks trains as one process: our models and transformers', odd sizes, every ZeRO stage."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import DistributedError, run_distributed
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+from training import relative_error
+
+import minizero
+from minizero.config.schema import ModelConfig
+from minizero.dist.collectives import Communicator
+from minizero.dist.dims import ParallelDims
+from minizero.dist.ledger import CommLedger
+from minizero.dist.mesh import build_mesh
+from minizero.dist.sharding import TensorShard
+from minizero.models import build
+from minizero.parallel.plan import even
+from minizero.parallel.tensor import vocab_parallel_cross_entropy
+
+VOCAB, LENGTH, BATCH = 19, 7, 8
+
+
+def make(name: str) -> nn.Module:
+    """Odd vocabulary, MLP width and length; 4 heads over 2 for keys and values."""
+    torch.manual_seed(0)
+    if name == "llama":
+        config = ModelConfig(hidden_size=24, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=37)
+        return randomized(build(config, VOCAB, LENGTH))
+    if name == "gpt2":
+        config = ModelConfig(family="gpt2", hidden_size=24, num_layers=2, num_heads=4, intermediate_size=37)
+        return randomized(build(config, VOCAB, LENGTH))
+    return Foreign(foreign(name))
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """No zeros where a block begins as the identity, and biases that matter."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def foreign(name: str) -> nn.Module:
+    import transformers
+
+    common: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    common |= {"num_key_value_heads": 2, "intermediate_size": 37, "max_position_embeddings": 16, "use_cache": False}
+    if name == "hf_llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, tie_word_embeddings=True))
+    if name == "hf_qwen3":
+        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**common, head_dim=6))
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=24, n_layer=2, n_head=4, n_positions=16, n_inner=37, use_cache=False,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return randomized(transformers.GPT2LMHeadModel(config))
+
+
+class Foreign(nn.Module):
+    """Gives a transformers model our models' signature, and shows what a plan is read from."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, labels):
+        logits = self.model(input_ids=input_ids).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+        return loss, (labels != -100).sum()
+
+
+def batches(steps: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(steps):
+        tokens = torch.randint(VOCAB, (BATCH, LENGTH + 1), generator=generator)
+        labels = tokens[:, 1:].masked_fill(torch.rand(BATCH, LENGTH, generator=generator) < 0.2, -100)
+        found.append({"input_ids": tokens[:, :-1], "labels": labels})
+    return found
+
+
+def train_plainly(name: str, steps: int, dtype: torch.dtype) -> tuple[list[float], list[float]]:
+    model = make(name).to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    losses, norms = [], []
+    for batch in batches(steps):
+        total, count = model(**batch)
+        (total / count).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float((total / count).detach()))
+    return losses, norms
+
+
+def settings(tp: int, stage: int = 0, sequence: bool = False, accumulation: int = 1, **more: Any) -> minizero.Config:
+    dp = dist.get_world_size() // tp
+    return minizero.Config(
+        parallel={"tp": tp, "sequence": sequence, **more.pop("parallel", {})},
+        zero={"stage": stage},
+        train={
+            "micro_batch_size": BATCH // dp // accumulation,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": 0.5,
+        },
+        optimizer={"lr": 3e-3, "weight_decay": 0.1},
+        dist={"timeout": 20.0},
+        **more,
+    )
+
+
+def train(
+    name: str, tp: int, steps: int, dtype: torch.dtype, stage: int = 0, sequence: bool = False, accumulation: int = 1
+) -> dict[str, Any]:
+    model = make(name).to(dtype)
+    target = model.model if isinstance(model, Foreign) else model
+    plan = {} if target is model else {f"model.{key}": style for key, style in plan_of(target).items()}
+    config = settings(tp, stage, sequence, accumulation, parallel={"plan": plan})
+    engine, *_ = minizero.initialize(model=model, config=config)
+    losses, norms = [], []
+    engine.ledger.reset()
+    for batch in batches(steps):
+        parts = {k: v.view(accumulation, engine.dp_size, -1, LENGTH)[:, engine.dp_rank] for k, v in batch.items()}
+        micro = [{key: part[index] for key, part in parts.items()} for index in range(accumulation)]
+        losses.append(float(engine.train_batch(iter(micro))))
+        norms.append(engine.get_global_grad_norm())
+    weights = {n: v.clone() for n, v in engine.runtime.whole_parameters()}
+    return {"losses": losses, "norms": norms, "weights": weights, "counts": dict(engine.ledger.counts)}
+
+
+def plan_of(model: nn.Module) -> dict[str, str]:
+    from minizero.parallelize import plan_of as own
+
+    return own(model)
+
+
+CELLS = [(2, 2, 0), (2, 2, 3), (4, 2, 1), (4, 2, 3), (4, 4, 0), (8, 2, 2)]  # world, tp, stage
+
+
+@pytest.mark.parametrize("sequence", (False, True))
+@pytest.mark.parametrize(("world", "tp", "stage"), CELLS)
+@pytest.mark.parametrize("name", ("llama", "gpt2"))
+def test_our_models_train_as_one_process(name, world, tp, stage, sequence):
+    losses, norms = train_plainly(name, 4, torch.float64)
+    for report in run_distributed(train, world, name, tp, 4, torch.float64, stage, sequence):
+        assert relative_error(report["losses"], losses) < 1e-10
+        assert relative_error(report["norms"], norms) < 1e-10
+
+
+@pytest.mark.parametrize("name", ("hf_llama", "hf_qwen3", "hf_gpt2"))
+@pytest.mark.parametrize(("tp", "sequence"), ((2, False), (2, True), (4, False)))
+def test_unmodified_transformers_models_train_as_one_process(name, tp, sequence):
+    bound = 1e-10 if name == "hf_gpt2" else 2e-6  # transformers' RMSNorm computes in fp32, also in a float64 model
+    losses, norms = train_plainly(name, 4, torch.float64)
+    for report in run_distributed(train, 4, name, tp, 4, torch.float64, 3, sequence, 2):
+        assert relative_error(report["losses"], losses) < bound
+        assert relative_error(report["norms"], norms) < bound
+
+
+# ---- the loss ----
+
+
+def cut_cross_entropy(smoothing: float, z: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss per token, gradient of the whole logits), from each rank's columns of an odd vocabulary."""
+    comm = axis()
+    torch.manual_seed(3)
+    whole = (5 * torch.randn(11, VOCAB)).to(dtype)
+    labels = torch.randint(VOCAB, (11,))
+    labels[2] = -100
+    ranges = even(VOCAB, comm.size)
+    shard = TensorShard((VOCAB, 1), 0, ranges, comm.rank)
+    ((start, stop),) = ranges[comm.rank]
+    local = whole[:, start:stop].clone().requires_grad_()
+    loss = vocab_parallel_cross_entropy(local * 1.0, labels, comm, shard, label_smoothing=smoothing, z_loss=z)
+    (loss * torch.arange(1.0, 12.0)).sum().backward()
+    return loss.detach(), comm.gather_parts(local.grad, [b - a for ((a, b),) in ranges], 1, "check")
+
+
+def axis() -> Communicator:
+    return Communicator(build_mesh(ParallelDims(dist.get_world_size(), tp=dist.get_world_size())), "tp", CommLedger())
+
+
+@pytest.mark.parametrize(("smoothing", "z"), ((0.0, 0.0), (0.1, 0.0), (0.1, 1e-2)))
+@pytest.mark.parametrize(("dtype", "bound"), ((torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 5e-2)))
+def test_cross_entropy_of_cut_logits(smoothing, z, dtype, bound):
+    torch.manual_seed(3)
+    whole = (5 * torch.randn(11, VOCAB)).to(dtype)
+    labels = torch.randint(VOCAB, (11,))
+    labels[2] = -100
+    reference = whole.double().requires_grad_()
+    loss = F.cross_entropy(reference, labels, reduction="none", label_smoothing=smoothing)
+    loss = loss + z * reference.logsumexp(-1).square() * (labels != -100)
+    (loss * torch.arange(1.0, 12.0)).sum().backward()
+    for world in (2, 4):
+        for found, gradient in run_distributed(cut_cross_entropy, world, smoothing, z, dtype):
+            torch.testing.assert_close(found.double(), loss.detach(), rtol=bound, atol=bound)
+            torch.testing.assert_close(gradient.double(), reference.grad, rtol=bound, atol=bound)
+
+
+# ---- counting ----
+
+
+@pytest.mark.parametrize("tp", (2, 4))
+@pytest.mark.parametrize("sequence", (False, True))
+def test_communication_per_layer_is_the_closed_form(tp, sequence):
+    counts = run_distributed(train, tp, "llama", tp, 1, torch.float32, 0, sequence)[0]["counts"]
+    activations = BATCH * LENGTH * 24 * 4  # b s h, fp32
+    in_layers = {}
+    for (of_axis, operation, _, unit), count in counts.items():
+        if of_axis == "tp" and ".layers." in unit and unit.endswith(("self_attn", "mlp", "o_proj", "down_proj")):
+            calls, payload = in_layers.get(operation, (0, 0))
+            in_layers[operation] = calls + count.calls, payload + count.payload
+    layers = 2
+    expected = {"all_reduce": 4} if not sequence else {"all_gather": 4, "reduce_scatter": 4}
+    assert in_layers == {op: (n * layers, n * layers * activations) for op, n in expected.items()}
+
+
+# ---- files and initial values ----
+
+
+def save_and_resume(folder: str, tp: int, stage: int) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    straight, resumed = (
+        minizero.initialize(model=make("llama"), config=settings(tp, stage, sequence=True))[0] for _ in range(2)
+    )
+    step = [iter([{k: v[engine_part(straight)] for k, v in batch.items()}]) for batch in batches(4)]
+    again = [iter([{k: v[engine_part(straight)] for k, v in batch.items()}]) for batch in batches(4)]
+    for data in step[:2]:
+        straight.train_batch(data)
+    straight.save_checkpoint(folder)
+    straight.save_16bit_model(folder)
+    weights = {name: value.clone() for name, value in straight.runtime.whole_parameters()}
+    resumed.load_checkpoint(folder)
+    return (
+        [float(straight.train_batch(data)) for data in step[2:]],
+        [float(resumed.train_batch(data)) for data in again[2:]],
+        weights,
+    )
+
+
+def engine_part(engine: minizero.Engine) -> slice:
+    size = BATCH // engine.dp_size
+    return slice(engine.dp_rank * size, (engine.dp_rank + 1) * size)
+
+
+def test_resume_and_export(tmp_path):
+    expected, found, weights = run_distributed(save_and_resume, 4, str(tmp_path), 2, 1)[0]
+    assert expected == found
+    exported = load_file(tmp_path / "model.safetensors")
+    assert exported.keys() == weights.keys() and all(torch.equal(exported[k], weights[k]) for k in weights)
+    assert exported["model.embed_tokens.weight"].shape == (VOCAB, 24)
+
+
+def built_on_meta(tp: int, sequence: bool) -> dict[str, torch.Tensor]:
+    with torch.device("meta"):
+        model = build(ModelConfig(hidden_size=24, num_layers=2, num_heads=4, intermediate_size=37), VOCAB, LENGTH)
+    engine, *_ = minizero.initialize(model=model, config=settings(tp, 3, sequence))
+    return {name: value.clone() for name, value in engine.runtime.whole_parameters()}
+
+
+def test_initial_values_do_not_depend_on_the_degree():
+    whole = run_distributed(built_on_meta, 1, 1, False)[0]
+    for world, tp, sequence in ((2, 2, False), (4, 4, True), (4, 2, True)):
+        for found in run_distributed(built_on_meta, world, tp, sequence):
+            assert found.keys() == whole.keys() and all(torch.equal(found[k], whole[k]) for k in whole)
+
+
+# ---- bad input ----
+
+
+def misuse(kind: str) -> None:
+    model, plan, tp = make("llama"), {}, 2
+    if kind == "heads":
+        tp = dist.get_world_size()
+    elif kind == "pattern":
+        plan = {"model.layers.*.self_attn.qkv": "colwise"}
+    elif kind == "style":
+        plan = {"lm_head": "diagonal"}
+    elif kind == "no plan":
+        model = nn.Sequential(nn.Linear(3, 3))
+    elif kind == "degree":
+        tp = 2 if dist.get_world_size() == 3 else 4
+    minizero.initialize(model=model, config=settings(tp, parallel={"plan": plan}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "message"),
+    (
+        ("heads", 3, r"tp = 3 does not divide the 4 heads of model.layers.0.self_attn.q_proj; legal for it: 1, 2, 4"),
+        ("pattern", 2, r"'model.layers.\*.self_attn.qkv' matches no module of Llama"),
+        ("style", 2, r"'lm_head' has style 'diagonal'; legal: colwise"),
+        ("no plan", 2, r"Sequential has no tensor-parallel plan: give one as parallel.plan"),
+        ("degree", 3, r"tp 2 x pp 1 x cp 1 = 2 does not divide the world size 3"),
+    ),
+)
+def test_bad_input_is_one_clear_error_on_every_rank(kind, world, message):
+    with pytest.raises(DistributedError, match=message) as caught:
+        run_distributed(misuse, world, kind, timeout=20)
+    assert len(caught.value.failures) == world
+    assert all(re.search(message, text) for text in caught.value.failures.values())
