@@ -65,7 +65,9 @@ def initialize(
         optimizer: a torch optimizer over the model's parameters, or a callable that makes one; None builds the
             config's.
         model_parameters: tensors or param groups for the config's optimizer; None means every trainable parameter.
-        training_data: a map-style dataset; a loader of micro-batches for this rank is returned.
+        training_data: a map-style dataset; a loader of micro-batches for this rank is returned. It shuffles by
+            `train.seed`, drops an incomplete last batch, and a new epoch needs `loader.sampler.set_epoch`, which
+            `train_batch()` without an iterator calls itself.
         lr_scheduler: a scheduler object, or a callable optimizer -> scheduler; None builds the config's.
         config: a `Config`, a DeepSpeed JSON (path or dict), or a minizero TOML/JSON path. `config_params` is its old
             name. distributed_port, dist_init_required: of DeepSpeed's launcher; torchrun's environment takes their
@@ -83,6 +85,8 @@ def initialize(
         )
     for line in without_effect(settings):
         warn_once(line)
+    if optimizer is None and "optimizer" not in settings.model_fields_set:
+        warn_once(f"no optimizer was given: training with {settings.optimizer.type} at lr {settings.optimizer.lr}")
     init_distributed(settings.dist.backend, distributed_port=distributed_port, timeout=settings.dist.timeout)
     mesh, comm, device = join(settings, model)
     batch = settings.batch(comm.size)
@@ -168,7 +172,7 @@ def join(settings: Config, model: nn.Module) -> tuple[DeviceMesh, Communicator, 
 
 def one_config(args: Any, config: ConfigSource | None, config_params: ConfigSource | None) -> ConfigSource:
     """The one place the settings were given. Raises ValueError when there is none, or more than one."""
-    named = getattr(args, "deepspeed_config", None)
+    named = getattr(args, "deepspeed_config", None) or getattr(args, "deepscale_config", None)
     given = {"config": config, "config_params": config_params, "args.deepspeed_config": named}
     present = {name: value for name, value in given.items() if value is not None}
     if len(present) != 1:

@@ -29,9 +29,11 @@ PACKAGES = ("minizero", "torch", "numpy", "pydantic", "tokenizers", "safetensors
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return the exit code."""
     parser = argparse.ArgumentParser(prog="minizero", description="ZeRO training on torch.distributed.")
+    parser.add_argument("--version", action="version", version=f"minizero {_version('minizero')}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    train = verbs.add_parser("train", help="show the torchrun line for a config, or run it", allow_abbrev=False)
+    usage = "minizero train CONFIG [--nproc N] [--json] [--a.b VALUE ...]   (settings: python -m minizero.train --help)"
+    train = verbs.add_parser("train", help="show the torchrun line, or run it", allow_abbrev=False, usage=usage)
     train.add_argument("config", help="TOML or JSON file; further --a.b VALUE override its settings")
     train.add_argument("--nproc", help="run on this many processes here; `auto`: one per GPU, or 2 on CPUs")
     train.add_argument("--json", action="store_true", help="print one JSON object: the summary of the run, or the line")

@@ -303,6 +303,31 @@ class Engine:
     def gradient_accumulation_steps(self) -> int:
         return self.batch.accumulation
 
+    def fp16_enabled(self) -> bool:
+        return self.settings.precision == "fp16"
+
+    def bfloat16_enabled(self) -> bool:
+        return self.settings.precision == "bf16"
+
+    def zero_optimization(self) -> bool:
+        return self.settings.zero.stage > 0
+
+    def gradient_clipping(self) -> float:
+        return self.settings.train.gradient_clipping
+
+    def steps_per_print(self) -> int:
+        return self.settings.log.every
+
+    def wall_clock_breakdown(self) -> bool:
+        return self.settings.log.wall_clock_breakdown
+
+    def dynamic_loss_scale(self) -> bool:
+        return self.optimizer.scaler.dynamic
+
+    def get_batch_info(self) -> tuple[int, int, int]:
+        """(train_batch_size, train_micro_batch_size_per_gpu, gradient_accumulation_steps)."""
+        return self.batch.global_batch_size, self.batch.micro_batch_size, self.batch.accumulation
+
     def zero_optimization_stage(self) -> int:
         return self.settings.zero.stage
 

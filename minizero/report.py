@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -58,7 +60,9 @@ def complete(engine: Engine, data: PreparedData, config: Config) -> str:
     return data.tokenizer.decode(tokens[length:])
 
 
-def report(engine: Engine, data: PreparedData, config: Config, folder: Path, chief: bool, seconds: float) -> None:
+def report(
+    engine: Engine, data: PreparedData, config: Config, folder: Path, chief: bool, started: int, seconds: float
+) -> None:
     """Evaluate, sample, draw, and print what a person wants to know at the end."""
     quality = bits_per_byte(engine, data, config)
     sample = complete(engine, data, config)
@@ -74,18 +78,16 @@ def report(engine: Engine, data: PreparedData, config: Config, folder: Path, chi
         held_out_bytes=data.validation.num_bytes,
         parameters=engine.num_parameters(),
         steps=engine.global_steps,
+        skipped_steps=engine.skipped_steps,
+        timed_steps=engine.global_steps - started,
         seconds=seconds,
-        tokens=sum(record["tokens"] for record in records),
+        tokens=sum(record["tokens"] for record in records if record["step"] > started),
         layout=layout_in_words(engine),
         memory_bytes=engine.memory_bytes(),
         comm_bytes=records[-1].get("comm_bytes", {}),
         sample=(PROMPT, sample),
         files={"run folder": str(folder), "loss curve": str(figure), "metrics": str(folder / "metrics.jsonl")},
-        next_steps=[
-            ("train twice as long", f"make train ARGS='--run.dir runs/longer --train.steps {2 * config.train.steps}'"),
-            ("compare a ZeRO stage", "make train ARGS='--run.dir runs/stage1 --zero.stage 1'"),
-            ("see every setting", "python -m minizero.train --help"),
-        ],
+        next_steps=next_steps(config),
     )
     write_atomically(folder / "summary.json", json.dumps(asdict(summary), indent=1))
     print_summary(summary)
@@ -97,3 +99,14 @@ def layout_in_words(engine: Engine) -> str:
     degrees = [f"{name} {size}" for name, size in (("dp", engine.dp_size), ("tp", parallel.tp)) if size > 1]
     axes = f" ({' x '.join(degrees)})" if parallel.tp > 1 else ""
     return f"{engine.world_size} processes{axes}, ZeRO stage {engine.settings.zero.stage}, {engine.settings.precision}"
+
+
+def next_steps(config: Config) -> list[tuple[str, str]]:
+    """What to try after a run: (what it does, the command)."""
+    folder, stage = config.run.dir, 1 if config.zero.stage == 3 else 3
+    return [
+        ("train twice as long", f"make train ARGS='--run.dir {folder}-longer --train.steps {2 * config.train.steps}'"),
+        ("compare a ZeRO stage", f"make train ARGS='--run.dir {folder}-stage{stage} --zero.stage {stage}'"),
+        ("cut each layer over two ranks", f"make train ARGS='--run.dir {folder}-tp2 --parallel.tp 2'"),
+        ("see every setting", f"{os.path.relpath(sys.executable)} -m minizero.train --help"),
+    ]

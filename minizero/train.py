@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     except EXPECTED as error:
         return fail(f"{type(error).__name__}: {error}", 1)
     except KeyboardInterrupt:
-        return fail("interrupted; the same command continues from the newest checkpoint", 130)
+        return fail("interrupted; the same command continues from the newest checkpoint, if there is one yet", 130)
     return 0
 
 
@@ -60,6 +60,8 @@ def fail(message: str, code: int) -> int:
 
     A rank that is alone with its trouble is heard some seconds later. What a collective has to say differs by rank.
     """
+    if code == 130 and os.environ.get("RANK", "0") != "0":
+        return code
     if os.environ.get("RANK", "0") != "0" and not message.startswith("CollectiveError"):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(HEAD_START)
@@ -97,9 +99,9 @@ def run(resolved: Resolved) -> None:
     if chief:
         folder.mkdir(parents=True, exist_ok=True)
         save_resolved(resolved, folder / "config.json")
-    began = time.perf_counter()
+    started, began = engine.global_steps, time.perf_counter()
     train(engine, data, loader, config, folder, chief)
-    report(engine, data, config, folder, chief, time.perf_counter() - began)
+    report(engine, data, config, folder, chief, started, time.perf_counter() - began)
     engine.destroy()
     dist.destroy_process_group()
 
@@ -113,6 +115,8 @@ def resume(engine: minizero.Engine, data: PreparedData, config: Config, checkpoi
     if checkpoints is None:
         return
     path, client_state = engine.load_checkpoint(checkpoints)
+    if path is not None and engine.global_rank == 0:
+        print(f"continuing from {path}", flush=True)
     if path is not None and client_state.get("corpus") != data.fingerprint and config.checkpoint.resume is None:
         raise ValueError(
             f"{path} was trained on other data: data.source {config.data.source} has changed since. Pass --run.dir "
@@ -190,6 +194,8 @@ def step_record(engine: minizero.Engine, loss: float, seconds: float) -> dict:
         "lr": engine.get_lr()[0],
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
+        "skipped_steps": engine.skipped_steps,
+        "loss_scale": engine.loss_scale,
         "comm_bytes": engine.ledger.take(),
         "memory_bytes": engine.memory_bytes(),
     }

@@ -64,6 +64,7 @@ FULL = {
     "steps_per_print": 5,
     "wall_clock_breakdown": True,
     "tensorboard": {"enabled": True, "output_path": "tb", "job_name": "job"},
+    "tensor_parallel": {"autotp_size": 2, "tp": {"tp_size": 2}},
 }
 
 
@@ -91,12 +92,14 @@ def test_every_acting_key_arrives():
     assert (zero.prescale_gradients, zero.gradient_predivide_factor) == (True, 2.0)
     assert zero.gather_16bit_weights_on_model_save and zero.allow_untested_optimizer
     assert (log.every, log.wall_clock_breakdown) == (5, True)
+    assert config.parallel.tp == 2
     assert (log.tensorboard.enabled, log.tensorboard.dir, log.tensorboard.job_name) == (True, "tb", "job")
 
 
 def test_every_key_that_acts_in_the_table_is_one_that_the_full_example_gives():
     given = {f"{block}.{key}" for block, keys in FULL.items() if isinstance(keys, dict) for key in keys} | set(FULL)
     given |= {"zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device"}
+    given |= {"tensor_parallel.tp.tp_size"}
     given |= {"zero_optimization.cpu_offload", "zero_optimization.cpu_offload_param"}  # their own test
     for key in dotted_keys(TABLE):
         rule = Block(TABLE)
@@ -104,6 +107,26 @@ def test_every_key_that_acts_in_the_table_is_one_that_the_full_example_gives():
             rule = rule.keys[part]
         if isinstance(rule, Key) and rule.action == "acts":
             assert key in given, f"{key} acts, and no test gives it"
+
+
+def test_our_own_settings_in_a_block():
+    tree = {"train_batch_size": 8, "zero_optimization": {"stage": 2}}
+    config = from_deepspeed({**tree, "minizero": {"debug": {"collectives": True}, "zero": {"prefetch": False}}})
+    assert (config.debug.collectives, config.zero.prefetch, config.zero.stage) == (True, False, 2)
+    with pytest.raises(ConfigError, match="stage is given in DeepSpeed's words too"):
+        from_deepspeed({**tree, "minizero": {"zero": {"stage": 3}}})
+    with pytest.raises(ConfigError, match="colectives"):
+        from_deepspeed({**tree, "minizero": {"debug": {"colectives": True}}})
+
+
+def test_auto_and_its_meaning_are_said():
+    tree = {
+        "train_batch_size": 8,
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+    }
+    with pytest.warns(UserWarning, match='"auto" names no value here .* bf16.enabled, optimizer.params.lr'):
+        from_deepspeed(tree)
 
 
 def test_three_ways_in_and_comments(tmp_path):

@@ -13,6 +13,8 @@ from minizero.config.errors import ConfigError
 from minizero.config.problems import explain, found
 from minizero.config.schema import Config
 
+ENDING = ("WarmupDecayLR", "WarmupCosineLR")  # schedules with a last step
+
 
 def build(tree: dict[str, Any]) -> Config:
     """The `Config` of a tree with minizero's keys. Raises ConfigError naming every wrong key."""
@@ -20,9 +22,20 @@ def build(tree: dict[str, Any]) -> Config:
     if problems:
         raise ConfigError("\n".join(problems))
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(with_total_steps(tree))
     except ValidationError as error:
         raise ConfigError("\n".join(explain(error, Config))) from None
+
+
+def with_total_steps(tree: dict[str, Any]) -> dict[str, Any]:
+    """A schedule that ends somewhere ends with the run, unless `total_num_steps` says otherwise."""
+    scheduler, train = tree.get("scheduler"), tree.get("train")
+    if not isinstance(scheduler, dict) or not isinstance(train, dict) or "steps" not in train:
+        return tree
+    params = scheduler.get("params", {})
+    if scheduler.get("type") not in ENDING or not isinstance(params, dict) or "total_num_steps" in params:
+        return tree
+    return {**tree, "scheduler": {**scheduler, "params": {**params, "total_num_steps": train["steps"]}}}
 
 
 def not_json(node: Any, key: str) -> Iterator[str]:

@@ -3,7 +3,10 @@
 One warning lists the keys that were accepted without effect. Keys that DeepSpeed does not know are errors at every
 level; DeepSpeed itself ignores them at the top.
 
-Three differences, on purpose. Gradients are summed in fp32 unless `data_types.grad_accum_dtype` says otherwise
+A block `"minizero": {...}` may hold settings of ours that DeepSpeed has no name for, such as `debug` and `dist`.
+
+`gradient_clipping` left out means 1.0, as in DeepSpeed's source since 0.19 (older releases: off). Three differences, on
+purpose. Gradients are summed in fp32 unless `data_types.grad_accum_dtype` says otherwise
 (DeepSpeed: in the model's dtype). `steps_per_print` left out means 10, as its documentation says (source: never).
 `"auto"` means the default everywhere, also at the top level, where DeepSpeed expects a launcher to have filled it in.
 """
@@ -165,9 +168,11 @@ def dotted_keys(block: dict[str, Key | Block], prefix: str = "") -> Iterator[str
 
 def translate(tree: Tree) -> Tree:
     """A DeepSpeed config as a tree with minizero's keys, holding only what was given. Raises ConfigError."""
+    own = tree.get("minizero", {})  # settings that DeepSpeed has no name for, in ours
+    tree = {key: value for key, value in tree.items() if key != "minizero"}
     reader = Reader(tree)
     translated: Tree = {}
-    for section in (_train, _precision, _zero, _log):
+    for section in (_train, _precision, _zero, _parallel, _log):
         for key, value in section(reader):
             if value is not None:
                 _put(translated, key, value)
@@ -178,8 +183,43 @@ def translate(tree: Tree) -> Tree:
     if reader.problems:
         raise ConfigError("\n".join(reader.problems))
     if reader.without_effect:
-        warn_once("DeepSpeed settings accepted without effect: " + "; ".join(reader.without_effect))
-    return translated
+        warn_once("DeepSpeed settings accepted without effect: " + "; ".join(by_reason(reader.without_effect)))
+    if autos := list(dotted_autos(tree)):
+        warn_once(f'"auto" names no value here and stands for the default: {", ".join(autos)}')
+    return merged(translated, own)
+
+
+def by_reason(lines: list[str]) -> list[str]:
+    """`key (reason)` lines, keys of one reason together."""
+    keys: dict[str, list[str]] = {}
+    for line in lines:
+        key, _, reason = line.partition(" ")
+        keys.setdefault(reason, []).append(key)
+    return [f"{', '.join(names)} {reason}" for reason, names in keys.items()]
+
+
+def dotted_autos(tree: Tree, prefix: str = "") -> Iterator[str]:
+    """The keys whose value is "auto"."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from dotted_autos(value, f"{prefix}{key}.")
+        elif _is_auto(value):
+            yield f"{prefix}{key}"
+
+
+def merged(tree: Tree, more: Any) -> Tree:
+    """`tree` with the settings of `more` in it. Raises ConfigError where the two say the same."""
+    if not isinstance(more, dict):
+        raise ConfigError(f"minizero: found {found(more)}; legal: an object of minizero's settings")
+    result = dict(tree)
+    for key, value in more.items():
+        if key in result and isinstance(result[key], dict) and isinstance(value, dict):
+            result[key] = merged(result[key], value)
+        elif key in result:
+            raise ConfigError(f"minizero: {key} is given in DeepSpeed's words too")
+        else:
+            result[key] = value
+    return result
 
 
 Pairs = Iterator[tuple[str, Any]]
@@ -246,6 +286,13 @@ def _offload(reader: Reader, block: str, legacy: str, stage: int, stages: tuple[
             key, "zero_optimization.stage", why=f"stage {stage} found, offloading needs {legal_stages}"
         )
     return device
+
+
+def _parallel(reader: Reader) -> Pairs:
+    auto, size = reader.get("tensor_parallel.autotp_size", 0), reader.get("tensor_parallel.tp.tp_size", 1)
+    if auto > 1 and size > 1 and auto != size:
+        reader.contradiction("tensor_parallel.autotp_size", "tensor_parallel.tp.tp_size", why=f"{auto} and {size}")
+    yield "parallel.tp", max(auto, size) if max(auto, size) > 1 else None
 
 
 def _log(reader: Reader) -> Pairs:

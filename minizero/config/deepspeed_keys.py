@@ -271,17 +271,17 @@ OTHER: dict[str, Key | Block] = {
     ),
     "tensor_parallel": Block(
         {
-            "autotp_size": refused(Count, "tensor parallelism is not built yet", 0, 1),
+            "autotp_size": acts(Count),
             "tp": Block(
                 {
-                    "tp_size": refused(PositiveInt, "tensor parallelism is not built yet", 1),
-                    **unused("tp_grain_size mpu tp_group", "tensor parallelism is not built yet"),
+                    "tp_size": acts(PositiveInt),
+                    **unused("tp_grain_size mpu tp_group", "heads are never cut, and the mesh is made here"),
                 }
             ),
             **unused(
                 "tp_overlap_comm vocab_parallel_lm_head vocab_parallel_ce_backend injection_policy_tuple dtype "
                 "partition_config preset_model keep_module_on_host replace_with_kernel_inject",
-                "tensor parallelism is not built yet",
+                "layers are cut by the model's own plan, or parallel.plan",
             ),
         }
     ),

@@ -127,7 +127,8 @@ class SchedulerConfig(Section):
     type: Literal["none", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"] = "none"
     """Learning-rate schedule, stepped once per optimizer step that was applied."""
     params: dict[str, Any] = Field(default_factory=dict)
-    """The schedule's own settings, named as DeepSpeed names them (warmup_num_steps, total_num_steps, ...)."""
+    """The schedule's own settings, named as DeepSpeed names them (warmup_num_steps, ...); `total_num_steps` is
+    `train.steps` when left out."""
 
     @model_validator(mode="after")
     def _params_fit_type(self) -> SchedulerConfig:

@@ -29,6 +29,10 @@ class RunSummary:
     """Tokens trained on in `seconds`, over all ranks."""
     layout: str
     """Processes and ZeRO stage, in words."""
+    timed_steps: int | None = None
+    """Steps that `seconds` are the time of; None means all. A resumed run has done others before."""
+    skipped_steps: int = 0
+    """Steps that changed nothing, since fp16 gradients overflowed."""
     memory_bytes: dict[str, int] = field(default_factory=dict)
     comm_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Of one step: {axis: {operation: payload bytes}}."""
@@ -72,7 +76,7 @@ def _quality(summary: RunSummary) -> Table:
     table = Table(title=f"Held-out text, {_amount(summary.held_out_bytes)}", title_justify="left", title_style="bold")
     table.add_column("")
     table.add_column("bits per byte", justify="right")
-    table.add_column("beside the model", justify="right")
+    table.add_column("size beside the model's", justify="right")
     ranking = {"this model": summary.bits_per_byte, **summary.baselines}
     for name, bits in sorted(ranking.items(), key=lambda entry: entry[1]):
         style = "bold green" if name == "this model" else None
@@ -87,7 +91,12 @@ def _costs(summary: RunSummary) -> Table:
     table.add_column(justify="right")
     table.add_row("layout", summary.layout)
     table.add_row("parameters", f"{summary.parameters:,}")
-    table.add_row("training time", f"{format_duration(summary.seconds)} for {summary.steps:,} steps")
+    timed = summary.steps if summary.timed_steps is None else summary.timed_steps
+    before = f" (after {summary.steps - timed:,} before)" if timed < summary.steps else ""
+    table.add_row("training time", f"{format_duration(summary.seconds)} for {timed:,} steps{before}")
+    if summary.skipped_steps:
+        skipped = f"{summary.skipped_steps:,} of {summary.steps:,} (fp16 overflow)"
+        table.add_row("skipped steps", skipped, style="bold red")
     table.add_row("tokens per second", f"{summary.tokens / max(summary.seconds, 1e-9):,.0f}", end_section=True)
     for kind, size in summary.memory_bytes.items():
         table.add_row(f"{kind.replace('_', ' ')}, per rank", _amount(size))
@@ -95,6 +104,8 @@ def _costs(summary: RunSummary) -> Table:
         table.rows[-1].end_section = True
     for axis, operations in summary.comm_bytes.items():
         for operation, size in operations.items():
+            if operation == "gather_rows":  # scalars that ranks agree on
+                continue
             table.add_row(f"{operation.replace('_', '-')} over {axis}, per step", _amount(size))
     return table
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from functools import cache
 
 
 @cache
 def warn_once(message: str) -> None:
-    """Warn with `message` unless this process has said it before."""
-    warnings.warn(message, stacklevel=3)
+    """Warn with `message`, on rank 0 only, unless this process has said it before."""
+    if os.environ.get("RANK", "0") == "0":
+        warnings.warn(message, stacklevel=3)

@@ -22,7 +22,7 @@ it neither gathers nor releases.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from minizero.dist.collectives import Communicator
+from minizero.dist.collectives import CollectiveError, Communicator
 from minizero.zero.graph import MadeBy, next_number
 from minizero.zero.unit import State, Unit
 
@@ -115,7 +115,10 @@ class ParameterGatherer:
             self._agree_on_order()
             self.comm.settle()
         self._cursor = None
-        if failed or not requires_grad(output):
+        if failed:
+            with suppress(CollectiveError):  # what failed is raised already
+                self.release_all()
+        elif not requires_grad(output):
             self.release_all()
 
     def _before_part_of_root(self, module: nn.Module, args: Any) -> None:
@@ -145,7 +148,8 @@ class ParameterGatherer:
             if torch.is_grad_enabled() and (outputs := differentiable(output)):
                 register_multi_grad_hook(outputs, lambda _: self._before_backward(unit), mode="any")
             if not unit.held and not unit.in_backward:
-                unit.release()
+                with suppress(CollectiveError) if output is None else nullcontext():
+                    unit.release()
 
         return after
 
