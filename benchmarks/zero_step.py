@@ -46,13 +46,13 @@ def main() -> None:
     options = parser.parse_args()
     contenders = [Contender(name, CONTENDERS[name], WORLD) for name in options.only.split(",")]
     interleave(contenders, options.rounds, options.steps)
-    result = summarize({c.name: c for c in contenders}, options.rounds)
+    result = summarize({c.name: c for c in contenders}, options.rounds, BARS)
     show(result)
     if not options.no_write:
         print("written to", write_result("zero_step", result))
 
 
-def summarize(contenders: dict[str, Contender], rounds: int) -> dict[str, Any]:
+def summarize(contenders: dict[str, Contender], rounds: int, wanted: list[tuple[str, str, float]]) -> dict[str, Any]:
     rows = {
         name: {
             "median_ms": statistics.median(c.milliseconds),
@@ -64,7 +64,7 @@ def summarize(contenders: dict[str, Contender], rounds: int) -> dict[str, Any]:
         for name, c in contenders.items()
     }
     bars = []
-    for ours, peer, limit in BARS:
+    for ours, peer, limit in wanted:
         if ours in contenders and peer in contenders:
             measured = ratio(contenders[ours].milliseconds, contenders[peer].milliseconds)
             memory = contenders[ours].peak_bytes / contenders[peer].peak_bytes

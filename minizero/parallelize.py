@@ -72,6 +72,8 @@ def plan_of(model: Any) -> dict[str, str]:
             )
         is_kv = pattern.endswith(("k_proj", "v_proj"))
         plan[prefix + pattern] = "colwise_kv" if is_kv else FOREIGN_STYLES[style]
+        if style == "colwise":  # transformers keeps norms and residuals outside attention and MLP
+            plan[f"{prefix}{pattern.rpartition('.')[0]}"] = "region"
     norms = ("input_layernorm", "post_attention_layernorm")
     plan |= {f"{prefix}layers.*.{norm}": "sequence" for norm in norms}
     return plan | {f"{prefix}norm": "sequence_end", f"{prefix}layers.0": "sequence_begin"}

@@ -64,6 +64,8 @@ def _draw_training(panel: Axes, points: list[tuple[int, float]]) -> None:
         f"{smoothed[-1]:.2f}", (steps[-1], smoothed[-1]), (4, 0), textcoords="offset points", color=BLUE, va="center"
     )
     panel.margins(x=0.02)
+    after_descent = losses[len(losses) // 20 :]  # the first steps' loss would squeeze what is worth seeing
+    panel.set_ylim(top=max(after_descent) + 0.25 * (max(after_descent) - min(losses)) + 0.05)
     panel.legend(frameon=False, loc="upper right", labelcolor=INK)
 
 

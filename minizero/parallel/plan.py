@@ -6,6 +6,8 @@ A table maps a pattern of module names (`*` stands for one part of the name) to 
     colwise_kv      the same for keys and values, whose heads are copied where there are fewer than ranks
     colwise_fused   the same for three matrices in one (GPT-2's q, k and v), each cut alike
     rowwise         columns of the weight over the ranks; closes the region
+    region          a module whose first input is used by opening layers only (an attention or MLP without norm and
+                    residual): it is entered once, where each opening layer would otherwise enter for itself
     vocab           an embedding, by rows
     vocab_head      the output head, by rows; the loss takes the cut logits
     gather_head     the output head, by rows; logits are gathered, for a loss that wants them whole
@@ -14,8 +16,7 @@ A table maps a pattern of module names (`*` stands for one part of the name) to 
     sequence_begin  the block at whose entry the sequence is cut, with sequence parallel
     sequence_end    a `sequence` module at whose exit it is whole again; without one, the head gathers it
 
-Everything else is whole on every rank. In a module with a `head_dim`, layers are cut by whole heads. A module that
-holds both an opening and a closing layer is a region: it is entered once, however many layers share its input.
+Everything else is whole on every rank. In a module with a `head_dim`, layers are cut by whole heads.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ Ranges = tuple[tuple[tuple[int, int], ...], ...]  # per rank, [start, stop) alon
 OPENING = ("colwise", "colwise_kv", "colwise_fused")
 HEADS = ("vocab_head", "gather_head")
 CUT = (*OPENING, *HEADS, "rowwise", "vocab")
-STYLES = (*CUT, "partial", "sequence", "sequence_begin", "sequence_end")
+STYLES = (*CUT, "region", "partial", "sequence", "sequence_begin", "sequence_end")
 
 
 def apply_plan(model: nn.Module, plan: dict[str, str], axis: TensorAxis) -> TensorLayout:
@@ -80,10 +81,7 @@ class PlanApplication:
         self.model, self.styles, self.axis = model, styles, axis
         self.size, self.rank = axis.comm.size, axis.comm.rank
         self.layout = TensorLayout(axis.comm)
-        parents: dict[str, set[str]] = {}
-        for name, style in styles.items():
-            parents.setdefault(name.rpartition(".")[0], set()).add(style)
-        self.regions = [name for name, found in parents.items() if found & set(OPENING) and "rowwise" in found]
+        self.regions = [name for name, style in styles.items() if style == "region"]
 
     def run(self) -> TensorLayout:
         for name, style in self.styles.items():
@@ -98,9 +96,9 @@ class PlanApplication:
             elif style == "sequence_begin" and self.axis.sequence:
                 module.register_forward_pre_hook(self.cut_sequence(name), with_kwargs=True)
         for name in self.regions:
-            region = self.model.get_submodule(name)
-            region.register_forward_pre_hook(self.enter(name), with_kwargs=True)
-            tell_share(region, self.size)
+            self.model.get_submodule(name).register_forward_pre_hook(self.enter(name), with_kwargs=True)
+        for name in dict.fromkeys(name.rpartition(".")[0] for name, style in self.styles.items() if style in OPENING):
+            tell_share(self.model.get_submodule(name), self.size)
         self.layout.shards = {p: s for p, s in self.layout.shards.items() if s.dim >= 0}
         return self.layout
 
