@@ -81,7 +81,10 @@ def counting() -> list[dict[str, Any]]:
         root = 4 * layouts[ROOT].padded_size
         formula = {0: 2 * psi, 1: 2 * psi, 2: 2 * psi, 3: 3 * psi - root}
         for stage in STAGES:
-            report = run_distributed(train, world, "toy", stage, 1)[0]
+            reports = run_distributed(train, world, "toy", stage, 1)
+            report, elements = reports[0], sum(p.numel() for p in make("toy").parameters())
+            held = sum(r.memory[kind] for r in reports for kind in ("parameters", "masters", "optimizer"))
+            moments = 8 * elements * (1 if stage else world)
             sent = sum(
                 c.payload for (_, op, _, _), c in report.counts.items() if op in ("all_gather", "reduce_scatter")
             )
@@ -93,6 +96,8 @@ def counting() -> list[dict[str, Any]]:
                     "payload_formula": formula[stage],
                     "parameter_bytes": report.memory["parameters"],
                     "parameter_formula": psi // world if stage == 3 else psi,
+                    "state_bytes_of_all_ranks": held,
+                    "state_formula": (psi if stage == 3 else world * psi) + moments,
                 }
             )
     return rows
@@ -106,10 +111,12 @@ def main() -> None:
     print(f"parity with one process: {len(result['parity'])} cells, worst relative error {worst:.1e} (bar 1e-6)")
     print(f"stages bitwise equal: {sum(row['bitwise'] for row in result['bitwise'])} of {len(result['bitwise'])} cells")
     exact = [
-        row["payload_bytes"] == row["payload_formula"] and row["parameter_bytes"] == row["parameter_formula"]
+        row["payload_bytes"] == row["payload_formula"]
+        and row["parameter_bytes"] == row["parameter_formula"]
+        and row["state_bytes_of_all_ranks"] == row["state_formula"]
         for row in result["counting"]
     ]
-    print(f"payload and parameter bytes equal the formula: {sum(exact)} of {len(exact)} cells")
+    print(f"payload, parameter and model-state bytes equal the formula: {sum(exact)} of {len(exact)} cells")
     print("written to", write_result("parity", result))
 
 

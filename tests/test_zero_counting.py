@@ -66,10 +66,6 @@ def test_model_state_bytes_are_the_closed_form(world, precision):
     """At rest after a step: no gradients; parameters, masters and two moments, whole or 1/N, with padding."""
     sizes = unit_sizes("toy", world)
     elements = sum(sizes.values())
-    owned = sum(
-        FlatLayout(tuple(p.numel() for p in u.parameters.values()), world).sizes != () for u in find_units(make("toy"))
-    )
-    assert owned == len(sizes)
     for stage in range(4):
         reports = run_distributed(train, world, "toy", stage, 1, precision=precision)
         width = 4 if precision == "fp32" else 2
@@ -81,6 +77,23 @@ def test_model_state_bytes_are_the_closed_form(world, precision):
         assert reports[0].memory["gradients"] == 0
         moments = sum(r.memory["optimizer"] for r in reports)
         assert moments == 8 * true_elements * (1 if stage else world)  # moments exist for elements, not for padding
+
+
+def gradients_before_the_step(stage: int) -> int:
+    engine, *_ = minizero.initialize(model=make("toy"), config=settings(stage, dist.get_world_size()))
+    tokens = torch.randint(17, (4, 7))
+    engine.backward(engine(tokens, tokens))
+    return engine.memory_bytes()["gradients"]
+
+
+@pytest.mark.parametrize("world", (2, 4, 8))
+def test_gradient_bytes_before_the_step_are_the_closed_form(world):
+    """Whole and as autograd made them below stage 2; from there the rank's padded shards."""
+    true_elements = sum(p.numel() for p in make("toy").parameters())
+    shards = sum(unit_sizes("toy", world).values()) // world
+    for stage in range(4):
+        found = run_distributed(gradients_before_the_step, world, stage)
+        assert found == [4 * (shards if stage >= 2 else true_elements)] * world, stage
 
 
 def watch_memory(stage: int) -> dict[str, list]:
