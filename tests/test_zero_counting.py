@@ -79,21 +79,23 @@ def test_model_state_bytes_are_the_closed_form(world, precision):
         assert moments == 8 * true_elements * (1 if stage else world)  # moments exist for elements, not for padding
 
 
-def gradients_before_the_step(stage: int) -> int:
-    engine, *_ = minizero.initialize(model=make("toy"), config=settings(stage, dist.get_world_size()))
-    tokens = torch.randint(17, (4, 7))
-    engine.backward(engine(tokens, tokens))
-    return engine.memory_bytes()["gradients"]
+def gradients_before_the_step(stage: int) -> list[int]:
+    engine, *_ = minizero.initialize(model=make("toy"), config=settings(stage, dist.get_world_size(), 2))
+    tokens, found = torch.randint(17, (4, 7)), []
+    for _ in range(2):
+        engine.backward(engine(tokens, tokens))
+        found.append(engine.memory_bytes()["gradients"])
+    return found
 
 
 @pytest.mark.parametrize("world", (2, 4, 8))
 def test_gradient_bytes_before_the_step_are_the_closed_form(world):
-    """Whole and as autograd made them below stage 2; from there the rank's padded shards."""
-    true_elements = sum(p.numel() for p in make("toy").parameters())
-    shards = sum(unit_sizes("toy", world).values()) // world
-    for stage in range(4):
-        found = run_distributed(gradients_before_the_step, world, stage)
-        assert found == [4 * (shards if stage >= 2 else true_elements)] * world, stage
+    """After the first of two micro-batches: whole below stage 2, shards from there. After the last: reduced."""
+    whole = 4 * sum(p.numel() for p in make("toy").parameters())
+    padded = 4 * sum(unit_sizes("toy", world).values())
+    expected = {0: [whole, padded], 1: [whole, padded // world], 2: [padded // world] * 2, 3: [padded // world] * 2}
+    for stage, wanted in expected.items():
+        assert run_distributed(gradients_before_the_step, world, stage) == [wanted] * world, stage
 
 
 def watch_memory(stage: int) -> dict[str, list]:
