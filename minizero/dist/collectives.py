@@ -251,7 +251,7 @@ class Communicator:
         `sizes` are the parts' lengths along `dim`, in rank order; they may differ.
         """
         shapes = [(*part.shape[:dim], size, *part.shape[dim + 1 :]) for size in sizes]
-        whole = prod(shapes[0]) // max(sizes[0], 1) * sum(sizes) if sizes[0] else prod(part.shape)
+        whole = prod(part.shape[:dim]) * sum(sizes) * prod(part.shape[dim + 1 :])
         work = self._begin("all_gather", unit, part, whole, part.dtype, part.nbytes * (self.size - 1))
         mine = part.contiguous()
         parts = [mine if rank == self.rank else mine.new_empty(shape) for rank, shape in enumerate(shapes)]

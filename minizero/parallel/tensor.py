@@ -138,7 +138,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class _VocabParallelCrossEntropy(Function):
-    """Loss per token; see `vocab_parallel_cross_entropy`. Saves the local softmax, in the logits' own memory."""
+    """Loss per token; see `vocab_parallel_cross_entropy`. Saves the local softmax; backward makes it the gradient."""
 
     @staticmethod
     def forward(
