@@ -40,11 +40,27 @@ GPT2_PLAN = {  # transformers has none for it
 def parallelize(model: nn.Module, config: Config, axis: Communicator) -> TensorLayout | None:
     """Cut `model` over the tensor-parallel axis, in place; None where there is only one rank on it.
 
-    Raises ValueError as `plan_of` and `apply_plan` say.
+    Raises ValueError for a model with dropout, and as `plan_of` and `apply_plan` say.
     """
     if axis.size == 1:
         return None
-    return apply_plan(model, config.parallel.plan or plan_of(model), TensorAxis(axis, config.parallel.sequence))
+    refuse_dropout(model, axis.size)
+    plan, sequence = config.parallel.plan or plan_of(model), config.parallel.sequence
+    if sequence and "sequence_begin" not in plan.values():
+        raise ValueError("parallel.sequence: no module of the plan is a sequence_begin, at whose entry it would be cut")
+    return apply_plan(model, plan, TensorAxis(axis, sequence))
+
+
+def refuse_dropout(model: nn.Module, size: int) -> None:
+    """Raise ValueError naming a module that would draw masks: ranks must agree on those of whole tensors."""
+    for name, module in model.named_modules():
+        inner = getattr(module, "attention_dropout", 0.0)
+        p = module.p if isinstance(module, nn.Dropout) else inner if isinstance(inner, float) else 0.0
+        if p > 0:
+            raise ValueError(
+                f"parallel.tp = {size}: {name} has dropout {p}, which is not available with tensor parallelism in this "
+                "version; legal: 0"
+            )
 
 
 def plan_of(model: Any) -> dict[str, str]:

@@ -92,7 +92,7 @@ def run(resolved: Resolved) -> None:
         config.log.tensorboard.dir = str(folder / "tensorboard")
     engine, *_ = minizero.initialize(model=model, model_parameters=parameter_groups(model, config), config=config)
     engine.log.quiet = not config.log.wall_clock_breakdown  # the progress bar takes the log's place
-    torch.manual_seed(module_seed(config.train.seed, f"dropout of rank {dist.get_rank()}"))
+    torch.manual_seed(module_seed(config.train.seed, f"dropout of rank {engine.dp_rank}"))
     resume(engine, data, config, checkpoints)
     loader = training_loader(engine, data, config)  # before the folder: a run that cannot begin leaves none
     chief = dist.get_rank() == 0

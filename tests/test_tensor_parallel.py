@@ -322,9 +322,14 @@ def misuse(kind: str) -> None:
         plan = {"lm_head": "diagonal"}
     elif kind == "no plan":
         model = nn.Sequential(nn.Linear(3, 3))
+    elif kind == "nowhere to cut":
+        model, plan = Own(), {key: style for key, style in Own.plan.items() if style != "sequence_begin"}
+    elif kind == "dropout":
+        model.model.layers[1].mlp.drop = nn.Dropout(0.1)
     elif kind == "degree":
         tp = 2 if dist.get_world_size() == 3 else 4
-    minizero.initialize(model=model, config=settings(tp, parallel={"plan": plan}))
+    sequence = kind == "nowhere to cut"
+    minizero.initialize(model=model, config=settings(tp, 0, sequence, parallel={"plan": plan}))
 
 
 @pytest.mark.parametrize(
@@ -333,6 +338,8 @@ def misuse(kind: str) -> None:
         ("heads", 3, r"tp = 3 does not divide the 4 heads of model.layers.0.self_attn.q_proj; legal for it: 1, 2, 4"),
         ("pattern", 2, r"'model.layers.\*.self_attn.qkv' matches no module of Llama"),
         ("style", 2, r"'lm_head' has style 'diagonal'; legal: colwise"),
+        ("nowhere to cut", 2, r"parallel.sequence: no module of the plan is a sequence_begin"),
+        ("dropout", 2, r"parallel.tp = 2: model.layers.1.mlp.drop has dropout 0.1"),
         ("no plan", 2, r"Sequential has no tensor-parallel plan: give one as parallel.plan"),
         ("degree", 3, r"tp 2 x pp 1 x cp 1 = 2 does not divide the world size 3"),
     ),
