@@ -209,6 +209,10 @@ class ParameterGatherer:
         self._began.clear()
         self.release_all()
 
+    def forget_graphs(self) -> None:
+        """After a step: no backward pass goes through what was computed before it."""
+        self._made_by.clear()
+
     def release_all(self) -> None:
         for unit in self.units:
             unit.in_backward = False

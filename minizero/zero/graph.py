@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-REMEMBERED = 1 << 16  # forwards; the graphs of older ones are gone
+REMEMBERED = 1 << 12  # forwards without a step between them; the graphs of older ones are gone
 NO_NUMBER = 1 << 63  # leaves have the largest number there is
 
 

@@ -179,6 +179,7 @@ class ZeroRuntime:
         """After the optimizer: parameters follow their masters. Returns the bytes that crossed between devices."""
         if self.gatherer is not None:
             self.gatherer.unwind()
+            self.gatherer.forget_graphs()
         moved = sum(unit.refresh() for unit in self.units)
         for unit in self.units:
             unit.finish_refresh()
