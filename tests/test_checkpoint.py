@@ -136,6 +136,18 @@ def test_the_state_of_every_optimizer_comes_back(tmp_path):
         assert all(run_distributed(run_optimizer, 2, str(tmp_path), name)), name
 
 
+def load_from_before_the_first_step(folder: str) -> int:
+    engine = build(1)
+    engine.save_checkpoint(folder)
+    run(engine, 0, 1)
+    engine.load_checkpoint(folder)
+    return sum(len(state) for state in engine.optimizer.state.values())
+
+
+def test_loading_leaves_no_older_moments(tmp_path):
+    assert run_distributed(load_from_before_the_first_step, 2, str(tmp_path)) == [0, 0]
+
+
 class Resized(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()

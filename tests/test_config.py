@@ -216,3 +216,12 @@ def test_from_any_takes_each_form_and_no_mix(tmp_path):
         from_any({"zero_optimization": {}, "train": {}})
     with pytest.raises(ConfigError, match="found 3"):
         from_any(3)
+
+
+def test_a_schedule_ends_with_the_run_unless_it_says_otherwise(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[train]\nsteps = 30\n[scheduler]\ntype = "WarmupDecayLR"\nparams = { warmup_num_steps = 4 }\n')
+    assert load(path).config.scheduler.params["total_num_steps"] == 30
+    assert load(path, ["--train.steps", "70"]).config.scheduler.params["total_num_steps"] == 70
+    fixed = load(path, ["--scheduler.params.total_num_steps", "50"])
+    assert fixed.config.scheduler.params["total_num_steps"] == 50

@@ -16,6 +16,7 @@ from toys import Toy, batches, make, train_plainly
 from training import micro_batches, relative_error, settings, train, whole_weights
 
 import minizero
+from minizero.zero.policy import Policy
 
 # ---- windows ----
 
@@ -139,21 +140,30 @@ def test_dividing_before_the_reduction_changes_rounding_only(zero):
         assert relative_error(found[0], losses) < 1e-6 and relative_error(found[1], norms) < 1e-6
 
 
-def tiny_gradients() -> float:
-    """Gradients that fp16 holds only while they are scaled up."""
-    model = nn.Sequential(nn.Linear(4, 4, bias=False))
-    config = settings(1, 2, precision="fp16", loss_scale={"initial_power": 16}, zero={"stage": 1})
+def tiny_gradients() -> list[float]:
+    """How far weights move by gradients that fp16 holds only while they are scaled up."""
+    model = nn.Sequential(nn.Linear(16, 4, bias=False))
+    config = settings(1, 2, precision="fp16", loss_scale={"initial_power": 16}, optimizer={"type": "SGD", "lr": 1e4})
     config.zero.accumulation_dtype = "fp16"
     config.train.gradient_clipping = 0.0
-    engine, *_ = minizero.initialize(model=model, config=config)
-    engine.backward(engine(torch.ones(1, 4)).float().mean() * 1e-7)
+    config.optimizer.weight_decay = 0.0
+    engine, sharded, *_ = minizero.initialize(model=model, config=config)
+    before = [piece.detach().clone() for piece, *_ in sharded.slices]
+    engine.backward(engine(torch.ones(1, 16)).float().mean() * 1e-7)
     engine.step()
-    return engine.get_global_grad_norm()
+    moved = [old - piece.detach() for old, (piece, *_) in zip(before, sharded.slices, strict=True)]
+    return torch.cat(moved).tolist()
 
 
 def test_gradients_are_unscaled_in_fp32():
-    expected = 1e-7 / 4 * 4  # sixteen weights, each of gradient 1e-7 / 4
-    assert run_distributed(tiny_gradients, 2)[0] == pytest.approx(expected, rel=1e-2)
+    for moved in run_distributed(tiny_gradients, 2):
+        assert moved == pytest.approx([1e4 * 1e-7 / 4] * len(moved), rel=1e-2)
+
+
+def test_what_divides_before_the_reduction():
+    cpu = torch.device("cpu")
+    for zero, wanted in (({"prescale_gradients": True}, 4.0), ({"gradient_predivide_factor": 3.0}, 3.0), ({}, 1.0)):
+        assert Policy.from_config(minizero.Config(zero=zero), cpu, 4).predivide == wanted
 
 
 # ---- the data loader ----
