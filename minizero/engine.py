@@ -32,6 +32,7 @@ from minizero.config.batch import BatchSizes
 from minizero.config.deepspeed import to_deepspeed
 from minizero.dist.collectives import CollectiveError, Communicator
 from minizero.observe.log import EngineLog
+from minizero.utils.forward import ForwardEntry
 from minizero.utils.warnings import warn_once
 from minizero.zero.optimizer import StepResult, Window, ZeroOptimizer
 from minizero.zero.policy import DTYPES
@@ -76,6 +77,7 @@ class Engine:
         self.device = runtime.device
         self.dp_rank, self.dp_size = comm.rank, comm.size
         self.training_dataloader = dataloader
+        self.entry = ForwardEntry(module, config.train.seed)
         self.global_steps = self.global_samples = self.skipped_steps = self.micro_steps = 0
         self.result: StepResult | None = None
         self.log = EngineLog(config.log, enabled=torch.distributed.get_rank() == 0)
@@ -88,6 +90,7 @@ class Engine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward; float inputs are cast to the compute dtype."""
+        self.entry.step = self.global_steps
         with self.ledger.phase("forward" if self.module.training else "eval"), self.log.timer("forward"):
             try:
                 return self.module(*tree_map(self._to_compute, args), **tree_map(self._to_compute, kwargs))
@@ -468,6 +471,8 @@ class Engine:
         Below stage 3 the model is then an ordinary one; at stage 3 its parameters stay sharded, and it is of no use.
         """
         self.runtime.detach()
+        for handle in self.entry.hooks:
+            handle.remove()
         self.log.close()
 
 

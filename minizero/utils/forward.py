@@ -1,0 +1,82 @@
+"""What a running forward knows about its batch.
+
+Layers deep inside a model need facts that only its entry has seen: which samples these are, how long their sequence is,
+which of its positions this rank holds. One object per forward keeps them, found through a context variable, so that no
+module has to hand them down, and so that a block which is computed again in backward, perhaps after other forwards have
+begun, sees those of its own.
+
+Shape suffixes: B batch, S positions of the whole sequence, L those that this rank holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass
+class Forward:
+    """Filled in by the model's entry, read by its layers.
+
+    Attributes:
+        seed: of the run. step: optimizer steps before this one.
+        inputs_B: what the samples are told apart by: the model's first tensor, before anything was cut.
+        positions_L: int64, where this rank's part lies in the whole sequence; None: it is all of it, in order.
+        documents_BS: int, equal for positions that may see each other; None: all may.
+        length: positions that sequence parallelism cuts.
+    """
+
+    seed: int = 0
+    step: int = 0
+    inputs_B: Tensor | None = None
+    positions_L: Tensor | None = None
+    documents_BS: Tensor | None = None
+    length: int = 0
+
+
+_RUNNING: ContextVar[Forward | None] = ContextVar("forward", default=None)
+
+
+def running() -> Forward | None:
+    """The forward that this code runs in, if it is one of an engine's model."""
+    return _RUNNING.get()
+
+
+@contextmanager
+def forward_of(forward: Forward | None) -> Iterator[None]:
+    """Inside, `forward` is the running one."""
+    token = _RUNNING.set(forward)
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+
+
+def first_tensor(inputs: Any) -> Tensor | None:
+    """The first tensor in nested arguments."""
+    return next((leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)), None)
+
+
+class ForwardEntry:
+    """Makes the `Forward` of every call of `model`; `step` is kept up to date by who counts them."""
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self.seed, self.step = seed, 0
+        self._tokens: list[Token[Forward | None]] = []
+        self.hooks = [
+            model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True),
+            model.register_forward_hook(self._end, always_call=True),  # the last: other hooks are part of the forward
+        ]
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._tokens.append(_RUNNING.set(Forward(self.seed, self.step, first_tensor((args, kwargs)))))
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        _RUNNING.reset(self._tokens.pop())
