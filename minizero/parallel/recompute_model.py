@@ -166,6 +166,7 @@ class ByteBudget:
         """Raises ValueError when even computing every block again takes more than the budget."""
         flat = [number for i in range(self.num_blocks) for number in self._of(i)]
         blocks = [BlockBytes(*pair) for pair in zip(*[iter(self.agree(flat))] * 2, strict=True)]
+        least = None
         for count in range(self.num_blocks + 1):
             again, kept = blocks[:count], blocks[count:]
             inputs = sum(block.inputs for block in again)
@@ -173,9 +174,10 @@ class ByteBudget:
             most = inputs + max(sum(block.saved for block in kept), largest)
             if most <= self.budget:
                 return set(range(count))
+            least = most if least is None else min(least, most)
         raise ValueError(
-            f"recompute.budget: {self.budget:,.0f} bytes are less than the {most:,} that {self.num_blocks} blocks need "
-            "when each is computed again; legal: as much or more, a smaller micro-batch, more tensor-parallel ranks"
+            f"recompute.budget: {self.budget:,.0f} bytes are less than the {least:,} that {self.num_blocks} blocks "
+            "keep at the least; legal: as much or more, a smaller micro-batch, or more tensor-parallel ranks"
         )
 
     def _of(self, index: int) -> tuple[int, int]:
