@@ -39,6 +39,7 @@ class Contender:
     pipes: list[Connection] = field(default_factory=list)
     milliseconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def start(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -50,8 +51,7 @@ class Contender:
             process.start()
             self.processes.append(process)
             self.pipes.append(ours)
-        for pipe in self.pipes:
-            pipe.recv()
+        self.facts = [pipe.recv() for pipe in self.pipes][0]
 
     def run(self, steps: int) -> float:
         """Milliseconds per step of the slowest rank, median over `steps`."""
@@ -77,7 +77,7 @@ def serve(build: Build, rank: int, world: int, port: int, pipe: Connection) -> N
     sys.stdout = open(os.devnull, "w")  # peers print as they like; our table goes through the pipe
     step = build(rank, world)
     imported = resident_bytes()
-    pipe.send("ready")
+    pipe.send(getattr(step, "facts", {}))  # what the build found out about itself, if anything
     while (steps := pipe.recv()) is not None:
         milliseconds = []
         for _ in range(steps):

@@ -43,8 +43,11 @@ def build_model(hidden: int = HIDDEN) -> nn.Sequential:
 
 
 def stepper(model: nn.Module, x_BSH: Tensor) -> Callable[[], None]:
+    from minizero.utils.forward import Forward, forward_of
+
     def step() -> None:
-        model(x_BSH).square().mean().backward()
+        with forward_of(Forward(length=TOKENS)):
+            model(x_BSH).square().mean().backward()
         model.zero_grad()
 
     return step
@@ -100,9 +103,7 @@ def build_minizero(rank: int, world: int, *, sequence: bool, transport: str = "a
     mark_imported()
     comm = Communicator(build_mesh(ParallelDims(world, tp=world)), "tp", CommLedger(), transport=transport)
     model = build_model()
-    apply_plan(
-        model, {"*.up": "colwise", "*.down": "rowwise", "*.norm": "sequence"}, TensorAxis(comm, sequence, TOKENS)
-    )
+    apply_plan(model, {"*.up": "colwise", "*.down": "rowwise", "*.norm": "sequence"}, TensorAxis(comm, sequence))
     return stepper(model, inputs(TOKENS // world if sequence else TOKENS))
 
 

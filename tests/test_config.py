@@ -225,3 +225,28 @@ def test_a_schedule_ends_with_the_run_unless_it_says_otherwise(tmp_path):
     assert load(path, ["--train.steps", "70"]).config.scheduler.params["total_num_steps"] == 70
     fixed = load(path, ["--scheduler.params.total_num_steps", "50"])
     assert fixed.config.scheduler.params["total_num_steps"] == 50
+
+
+# ---- files that build on others ----
+
+
+def test_a_file_may_build_on_another(tmp_path):
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "ground.toml", "[optimizer]\nlr = 0.5\nweight_decay = 0.25\n[zero]\nstage = 1\n")
+    write(tmp_path / "deep" / "middle.toml", "base = '../ground.toml'\n[optimizer]\nlr = 0.75\n")
+    top = write(tmp_path / "top.toml", "base = 'deep/middle.toml'\n[zero]\nstage = 2\n")
+    resolved = load(top, ["--train.steps", "7"])
+    config, origins = resolved.config, resolved.origins
+    assert (config.optimizer.lr, config.optimizer.weight_decay, config.zero.stage) == (0.75, 0.25, 2)
+    assert "middle.toml" in origins["optimizer.lr"] and "ground.toml" in origins["optimizer.weight_decay"]
+    assert origins["zero.stage"] == f"file {top}" and origins["train.steps"] == "command line"
+    assert from_any(top) == load(top).config
+
+
+@pytest.mark.parametrize(
+    ("base", "says"), (("'a.toml'", "leads back"), ("'gone.toml'", "cannot read"), ("3", "base: found 3"))
+)
+def test_a_base_that_is_not_there_is_named(tmp_path, base, says):
+    path = write(tmp_path / "a.toml", f"base = {base}\n")
+    with pytest.raises(ConfigError, match=says):
+        load(path)

@@ -86,6 +86,30 @@ def without_launcher(place: Path, world: int, *more: str) -> list[tuple[int, str
     return run_distributed(call_main, world, str(place), command(place, world, *more)[8:])
 
 
+LAYOUTS = sorted(path.stem for path in (ROOT / "launch" / "configs").glob("*.toml"))
+SHRUNK = (
+    "--model.hidden_size 32 --model.num_layers 2 --data.vocab_size 300 --data.validation_fraction 0.3 --train.steps 3 "
+    "--train.sequence_length 15 --train.eval_every 0 --checkpoint.every 0"
+).split()
+
+
+def run_layout(place: Path, layout: str, world: int, folder: str) -> list[float]:
+    """Losses of a config of `launch/configs`, on a small model and corpus."""
+    shared = ["--data.source", str(place / "corpus"), "--data.dir", str(place / "data"), "--run.dir", folder]
+    arguments = [str(ROOT / "launch" / "configs" / f"{layout}.toml"), *shared, *SHRUNK]
+    for code, _, errors in run_distributed(call_main, world, str(place), arguments):
+        assert code == 0, errors
+    return losses(place / folder)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layouts_config_gives_the_quickstarts_losses(place, layout):
+    if not (place / "reference").exists():
+        run_layout(place, "quickstart", 1, "reference")
+    found = run_layout(place, layout, 8 if layout == "three_axes" else 2, layout)
+    assert len(LAYOUTS) == 10 and found == pytest.approx(losses(place / "reference"), rel=1e-5)
+
+
 def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

@@ -39,6 +39,31 @@ def read_tree(path: Path) -> dict[str, Any]:
     raise ConfigError(f"{path}: a config file ends in .toml or .json, found {path.suffix or 'no suffix'!r}")
 
 
+def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """(file, its settings) of `path` and, before it, of the file that its `base` names, and of that one's.
+
+    Paths are relative to the file that names them. Raises ConfigError as `read_tree` does, and for a circle.
+    """
+    if path.resolve() in above:
+        raise ConfigError(f"{path}: base leads back to this file")
+    tree = read_tree(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return [(path, tree)]
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: found {base!r}; legal: the path of a config file to build on")
+    return [*read_layers(path.parent / base, (*above, path.resolve())), (path, tree)]
+
+
+def laid_over(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """`lower` with the values of `upper` in the place of its own, table by table."""
+    both = {key: lower[key] for key in lower}
+    for key, value in upper.items():
+        below = both.get(key)
+        both[key] = laid_over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return both
+
+
 def parse_json(text: str, name: str) -> dict[str, Any]:
     """An object in JSON with comments; `name` stands for the source in errors. inf and nan are left to the schema."""
     text = STRING_OR_COMMENT.sub(_blank_comment, text)

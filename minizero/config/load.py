@@ -1,7 +1,8 @@
 """From files, dicts and command lines to one checked `Config`, with the origin of every value.
 
-Later wins: the schema's defaults, then the file (TOML or JSON, minizero's or DeepSpeed's keys), then `--a.b value`.
-All problems are reported at once, one line each.
+Later wins: the schema's defaults, then the file (TOML or JSON, in minizero's keys or DeepSpeed's), then `--a.b value`.
+A file may name another one in a `base` at its top, which is read before it. All problems are reported at once,
+one line each.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from minizero.config import deepspeed
 from minizero.config.build import build
 from minizero.config.deepspeed_keys import TOP_LEVEL_KEYS
 from minizero.config.errors import ConfigError
-from minizero.config.files import decode_base64, read_tree
+from minizero.config.files import decode_base64, laid_over, read_layers, read_tree
 from minizero.config.problems import closest, found, legal, nearest, settings, sub_model, unknown_key
 from minizero.config.schema import Config
 from minizero.utils.files import write_atomically
@@ -47,9 +48,11 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Resol
 
     Raises ConfigError with one line per problem.
     """
-    tree = _minizero_tree(read_tree(Path(path)), str(path)) if path is not None else {}
     origins = {key: "default" for key, _ in settings(Config)}
-    origins.update({key: f"file {path}" for key in _given(tree)})
+    tree: Tree = {}
+    for file, layer in read_layers(Path(path)) if path is not None else []:
+        tree = _minizero_tree(laid_over(tree, layer), str(file))
+        origins.update({key: f"file {file}" for key in _given(layer)})
     for key, value in parse_overrides(overrides):
         _put(tree, key.split("."), value)
         origins[_setting_of(key)] = "command line"
@@ -65,12 +68,20 @@ def from_any(config: Config | Tree | str | Path) -> Config:
     if isinstance(config, str) and (decoded := decode_base64(config)) is not None:
         return _from_tree(decoded, "base64 config")
     if isinstance(config, str | Path):
-        return _from_tree(read_tree(Path(config)), str(config))
+        return _from_tree(merged(read_layers(Path(config))), str(config))
     raise ConfigError(f"config: found {found(config)}; legal: a Config, a dict, or the path of a TOML or JSON file")
 
 
 def _from_tree(tree: Tree, name: str) -> Config:
     return with_name(name, deepspeed.from_deepspeed if _is_deepspeed(tree, name) else build, tree)
+
+
+def merged(layers: Sequence[tuple[Path, Tree]]) -> Tree:
+    """The settings of a file and of those it builds on."""
+    tree: Tree = {}
+    for _, layer in layers:
+        tree = laid_over(tree, layer)
+    return tree
 
 
 def help_text() -> str:
