@@ -175,12 +175,14 @@ def test_gradients_are_those_of_one_process(kind):
 class Mlp(nn.Module):
     """A region that is a ZeRO unit of its own: the region is entered before the unit's weights are gathered."""
 
+    twice = False
+
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(24, 37), nn.Linear(37, 24)
 
     def forward(self, x):
-        return self.down(torch.tanh(self.up(x)))
+        return self.down((torch.tanh(self.up(x / 2)) if self.twice else 0) + torch.tanh(self.up(x)))
 
 
 class Stack(nn.Module):
@@ -205,8 +207,9 @@ def train_stack(tp: int, stage: int, kind: str) -> list[float]:
     if kind == "frozen":
         model.layers[1].requires_grad_(False)
         model.layers[2].up.weight.requires_grad_(False)
-    if kind == "checkpoint":
-        for layer in model.layers:
+    for layer in model.layers:
+        layer.twice = kind == "twice"
+        if kind == "checkpoint":
             layer.forward = recomputed(layer.forward)
     config = settings(tp, stage, parallel={"plan": STACK_PLAN}, debug={"collectives": kind == "checked"})
     engine, *_ = minizero.initialize(model=model, config=config)
@@ -217,7 +220,7 @@ def train_stack(tp: int, stage: int, kind: str) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("kind", ("plain", "frozen", "checkpoint", "checked"))
+@pytest.mark.parametrize("kind", ("plain", "frozen", "checkpoint", "checked", "twice"))
 @pytest.mark.parametrize("stage", (2, 3))
 def test_a_region_that_is_a_unit(stage, kind):
     (expected,) = run_distributed(train_stack, 1, 1, 0, kind)

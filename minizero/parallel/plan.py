@@ -96,9 +96,7 @@ class PlanApplication:
             elif style == "sequence_begin" and self.axis.sequence:
                 module.register_forward_pre_hook(self.cut_sequence(name), with_kwargs=True)
         for name in self.regions:
-            region, opening = self.model.get_submodule(name), self.opening_layers(name)
-            region.register_forward_pre_hook(self.enter(name, opening), with_kwargs=True)
-            region.register_forward_hook(self.leave_nothing(opening), always_call=True)
+            self.model.get_submodule(name).register_forward_pre_hook(self.enter(name), with_kwargs=True)
         for name in dict.fromkeys(name.rpartition(".")[0] for name, style in self.styles.items() if style in OPENING):
             tell_share(self.model.get_submodule(name), self.size)
         self.layout.shards = {p: s for p, s in self.layout.shards.items() if s.dim >= 0}
@@ -183,19 +181,10 @@ class PlanApplication:
 
     # ---- hooks ----
 
-    def opening_layers(self, region: str) -> list[ColumnParallelLinear]:
-        names = [n for n, style in self.styles.items() if style in OPENING and n.rpartition(".")[0] == region]
-        return [cast(ColumnParallelLinear, self.model.get_submodule(name)) for name in names]
-
-    def enter(self, name: str, opening: list[ColumnParallelLinear]) -> Callable[..., Any]:
+    def enter(self, name: str) -> Callable[..., Any]:
+        layers = [n for n, style in self.styles.items() if style in OPENING and n.rpartition(".")[0] == name]
+        opening = [cast(ColumnParallelLinear, self.model.get_submodule(layer)) for layer in layers]
         return on_first_input(lambda x_BSH: self.axis.enter(x_BSH, name, opening))
-
-    def leave_nothing(self, opening: list[ColumnParallelLinear]) -> Callable[..., Any]:
-        def forget_anchors(module: nn.Module, args: Any, output: Any) -> None:
-            for layer in opening:  # one that this forward did not call
-                layer.anchor = None
-
-        return forget_anchors
 
     def cut_sequence(self, name: str) -> Callable[..., Any]:
         def cut(x_BSH: Tensor) -> Tensor:

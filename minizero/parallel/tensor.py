@@ -72,7 +72,7 @@ class ColumnParallelLinear(nn.Module):
         gather: lengths of all ranks' outputs, to give them whole (a head whose user wants all logits); None: do not.
 
     Attributes:
-        anchor: of the weight, from the region's entry to this layer's forward; a second forward makes its own.
+        anchor: of the weight, from the region's entry to this layer's forward; a second one in it makes its own.
     """
 
     def __init__(
