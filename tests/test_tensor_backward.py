@@ -217,6 +217,7 @@ def train_stack(tp: int, stage: int, kind: str) -> list[float]:
     for batch in batches(4):
         parts = {key: value.view(engine.dp_size, -1, LENGTH)[engine.dp_rank] for key, value in batch.items()}
         losses.append(float(engine.train_batch(iter([parts]))))
+    assert not any(unit.held for unit in engine.runtime.units[1:])  # as one would be whose weights were read too early
     return losses
 
 
