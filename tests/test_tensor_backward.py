@@ -212,7 +212,8 @@ def train_stack(tp: int, stage: int, kind: str) -> list[float]:
         if kind == "checkpoint":
             layer.forward = recomputed(layer.forward)
     config = settings(tp, stage, parallel={"plan": STACK_PLAN}, debug={"collectives": kind == "checked"})
-    engine, *_ = minizero.initialize(model=model, config=config)
+    zero = config.zero.model_copy(update={"overlap": kind == "overlapped"})
+    engine, *_ = minizero.initialize(model=model, config=config.model_copy(update={"zero": zero}))
     losses = []
     for batch in batches(4):
         parts = {key: value.view(engine.dp_size, -1, LENGTH)[engine.dp_rank] for key, value in batch.items()}
@@ -221,7 +222,7 @@ def train_stack(tp: int, stage: int, kind: str) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("kind", ("plain", "frozen", "checkpoint", "checked", "twice"))
+@pytest.mark.parametrize("kind", ("plain", "frozen", "checkpoint", "checked", "twice", "overlapped"))
 @pytest.mark.parametrize("stage", (2, 3))
 def test_a_region_that_is_a_unit(stage, kind):
     (expected,) = run_distributed(train_stack, 1, 1, 0, kind)
