@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from minizero import zero
+from minizero import checkpointing, zero
 from minizero.api import init_distributed, initialize
 from minizero.config import Config
 from minizero.dist.collectives import CollectiveError
@@ -37,6 +37,7 @@ __all__ = [
     "Engine",
     "ParallelDims",
     "add_config_arguments",
+    "checkpointing",
     "init_distributed",
     "initialize",
     "unsharded",

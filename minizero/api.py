@@ -23,16 +23,17 @@ from torch.utils.data import DataLoader, DistributedSampler
 from minizero.config import Config
 from minizero.config.effects import without_effect
 from minizero.config.load import from_any
-from minizero.dist.collectives import WORLD, Communicator
-from minizero.dist.dims import ParallelDims
+from minizero.dist.collectives import Communicator
+from minizero.dist.dims import DATA, ParallelDims
 from minizero.dist.ledger import CommLedger
-from minizero.dist.mesh import DEFAULT_TIMEOUT, build_mesh, local_device
+from minizero.dist.mesh import DEFAULT_TIMEOUT, WORLD, build_mesh, local_device
 from minizero.dist.mesh import init_distributed as join_processes
 from minizero.engine import Engine
 from minizero.optim.build import build_optimizer
 from minizero.optim.loss_scale import LossScaler
 from minizero.optim.schedules import build_schedule
 from minizero.parallelize import parallelize
+from minizero.utils.forward import ForwardEntry
 from minizero.utils.memory import keep_freed_memory
 from minizero.utils.warnings import warn_once
 from minizero.zero.optimizer import ZeroOptimizer
@@ -89,10 +90,10 @@ def initialize(
         warn_once(f"no optimizer was given: training with {settings.optimizer.type} at lr {settings.optimizer.lr}")
     init_distributed(settings.dist.backend, distributed_port=distributed_port, timeout=settings.dist.timeout)
     mesh, comm, device = join(settings, model)
-    batch = settings.batch(comm.size)
-    layout = parallelize(model, settings, comm.along("tp"))
+    batch = settings.batch(comm.size // settings.parallel.cp)
+    parallel = parallelize(model, settings, comm, device)
     policy = Policy.from_config(settings, device, comm.size)
-    runtime = ZeroRuntime(model, comm, policy, device, settings.train.seed, layout)
+    runtime = ZeroRuntime(model, comm, policy, device, settings.train.seed, parallel.layout)
     inner = make_optimizer(optimizer, model, current(model_parameters, runtime), settings)
     sharded = ZeroOptimizer(
         inner,
@@ -102,7 +103,7 @@ def initialize(
         allow_untested=settings.zero.allow_untested_optimizer,
     )
     schedule = make_schedule(lr_scheduler, sharded, settings)
-    loader = make_loader(training_data, collate_fn, comm, batch.micro_batch_size, settings)
+    loader = make_loader(training_data, collate_fn, comm.along("dp"), batch.micro_batch_size, settings)
     if dist.get_rank() == 0:
         print(dtype_table(runtime), flush=True)
     engine = Engine(
@@ -116,6 +117,7 @@ def initialize(
         batch=batch,
         config=settings,
         dataloader=loader,
+        entry=ForwardEntry(model, seed=settings.train.seed, recompute=parallel.recompute, streams=parallel.streams),
     )
     return engine, sharded, loader, schedule
 
@@ -149,7 +151,7 @@ def init_distributed(
 
 
 def join(settings: Config, model: nn.Module) -> tuple[DeviceMesh, Communicator, torch.device]:
-    """The mesh, the data-parallel axis and this rank's device, once all ranks have shown that they agree."""
+    """The mesh, the axis that ZeRO shards over and this rank's device, once all ranks have shown that they agree."""
     parallel, timeout = settings.parallel, settings.dist.timeout
     mesh = build_mesh(ParallelDims(dist.get_world_size(), tp=parallel.tp, pp=parallel.pp, cp=parallel.cp), timeout)
     device = local_device()
@@ -161,7 +163,7 @@ def join(settings: Config, model: nn.Module) -> tuple[DeviceMesh, Communicator, 
     compare_over_ranks(Communicator(mesh, WORLD, CommLedger(), transport="messages", timeout=timeout), settings, model)
     comm = Communicator(
         mesh,
-        "dp",
+        "dp" if parallel.cp == 1 else DATA,
         CommLedger(),
         check=settings.debug.collectives,
         transport=settings.dist.transport,

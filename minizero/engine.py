@@ -63,6 +63,7 @@ class Engine:
         mesh: DeviceMesh,
         batch: BatchSizes,
         config: Config,
+        entry: ForwardEntry,
         dataloader: Any = None,
     ) -> None:
         self.module = module
@@ -75,9 +76,10 @@ class Engine:
         self.batch = batch
         self.settings = config
         self.device = runtime.device
-        self.dp_rank, self.dp_size = comm.rank, comm.size
+        self.cp_size = config.parallel.cp
+        self.dp_rank, self.dp_size = comm.rank // self.cp_size, comm.size // self.cp_size
         self.training_dataloader = dataloader
-        self.entry = ForwardEntry(module, config.train.seed)
+        self.entry = entry
         self.global_steps = self.global_samples = self.skipped_steps = self.micro_steps = 0
         self.result: StepResult | None = None
         self.log = EngineLog(config.log, enabled=torch.distributed.get_rank() == 0)

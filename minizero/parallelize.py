@@ -1,20 +1,30 @@
-"""One function that makes a model parallel, in one order: so far tensor and sequence parallel, before ZeRO shards it.
+"""One function that makes a model parallel, in one order, before ZeRO shards it.
 
 pipeline split -> tensor and sequence -> expert -> context -> recompute -> ZeRO -> materialize from meta
-                  ^ here                                                  ^ `zero.runtime`
+                  ^ here                           ^ here     ^ here       ^ `zero.runtime`
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from minizero.config import Config
 from minizero.dist.collectives import Communicator
 from minizero.dist.layout import TensorLayout
+from minizero.models.dropout import number_dropouts
+from minizero.parallel.context import ContextAxis
+from minizero.parallel.context_model import apply_context, refuse_few_heads
 from minizero.parallel.plan import apply_plan
+from minizero.parallel.random import RandomStreams, foreign_dropout
+from minizero.parallel.recompute import Options
+from minizero.parallel.recompute_model import Agree, apply_recompute
 from minizero.parallel.tensor import TensorAxis
+from minizero.utils.warnings import warn_once
+from minizero.zero.units import repeated_children
 
 # transformers' words for ours
 FOREIGN_STYLES = {
@@ -37,30 +47,75 @@ GPT2_PLAN = {  # transformers has none for it
 }
 
 
-def parallelize(model: nn.Module, config: Config, axis: Communicator) -> TensorLayout | None:
-    """Cut `model` over the tensor-parallel axis, in place; None where there is only one rank on it.
+@dataclass(frozen=True)
+class Parallelized:
+    """What a model has become.
 
-    Raises ValueError for a model with dropout, and as `plan_of` and `apply_plan` say.
+    Attributes:
+        layout: what tensor parallelism leaves to this rank; None where it has only one.
+        recompute: how checkpointed blocks keep what they keep.
+        streams: where dropout that is not ours draws from; None: from torch's default generator.
     """
+
+    layout: TensorLayout | None
+    recompute: Options
+    streams: RandomStreams | None
+
+
+def parallelize(model: nn.Module, config: Config, data: Communicator, device: torch.device) -> Parallelized:
+    """Make `model` parallel in place, and checkpoint what the settings choose; collective.
+
+    Args:
+        data: the axis that ZeRO will shard over; those of tensor and context parallelism are found beside it.
+
+    Raises ValueError as `plan_of`, `apply_plan`, `apply_context` and `apply_recompute` say.
+    """
+    tensor, context = data.along("tp"), data.along("cp")
+    number_dropouts(model)
+    foreign = foreign_dropout(model)
+    blocks = list(repeated_children(model))
+    layout = cut_layers(model, config, tensor)
+    axis = ContextAxis(context, config.parallel.context)
+    refuse_few_heads(model, axis)
+    apply_context(model, axis)
+    apply_recompute(model, config.recompute, blocks, agreement(tensor, context, device))
+    streams = None
+    if tensor.size > 1 and foreign:
+        warn_once(
+            f"{foreign} draws its masks from random streams: they repeat when a block is computed again, but differ "
+            "from layout to layout. Those of minizero.models.dropout.Dropout do not."
+        )
+        streams = RandomStreams(config.train.seed, data.rank, tensor.rank, device)
+    return Parallelized(layout, recompute_options(config, tensor), streams)
+
+
+def cut_layers(model: nn.Module, config: Config, axis: Communicator) -> TensorLayout | None:
+    """Tensor and sequence parallel."""
     if axis.size == 1:
         return None
-    refuse_dropout(model, axis.size)
     plan, sequence = config.parallel.plan or plan_of(model), config.parallel.sequence
     if sequence and "sequence_begin" not in plan.values():
         raise ValueError("parallel.sequence: no module of the plan is a sequence_begin, at whose entry it would be cut")
     return apply_plan(model, plan, TensorAxis(axis, sequence))
 
 
-def refuse_dropout(model: nn.Module, size: int) -> None:
-    """Raise ValueError naming a module that would draw masks: ranks must agree on those of whole tensors."""
-    for name, module in model.named_modules():
-        inner = getattr(module, "attention_dropout", 0.0)
-        p = module.p if isinstance(module, nn.Dropout) else inner if isinstance(inner, float) else 0.0
-        if p > 0:
-            raise ValueError(
-                f"parallel.tp = {size}: {name} has dropout {p}, which is not available with tensor parallelism in this "
-                "version; legal: 0"
-            )
+def recompute_options(config: Config, tensor: Communicator) -> Options:
+    """The settings as `checkpoint_block` wants them; with sequence parallel inputs are parts already."""
+    settings = config.recompute
+    partition = settings.partition_activations and tensor.size > 1 and not config.parallel.sequence
+    return Options(partition, tensor if partition else None, settings.cpu_checkpointing, config.debug.recompute)
+
+
+def agreement(tensor: Communicator, context: Communicator, device: torch.device) -> Agree:
+    """The largest of each number over the ranks whose blocks communicate with this one's."""
+
+    def agree(numbers: list[int]) -> list[int]:
+        largest = torch.tensor(numbers, device=device)
+        for axis in (tensor, context):
+            largest = axis.gather_rows(largest, "bytes of blocks").amax(dim=0)
+        return largest.tolist()
+
+    return agree
 
 
 def plan_of(model: Any) -> dict[str, str]:

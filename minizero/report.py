@@ -50,12 +50,14 @@ def complete(engine: Engine, data: PreparedData, config: Config) -> str:
     """A sampled continuation of PROMPT; every rank computes the same one."""
     generator = torch.Generator().manual_seed(config.train.seed)
     tokens = data.tokenizer.encode(PROMPT)
-    length = len(tokens)
+    length, shortest = len(tokens), config.parallel.cp * config.parallel.tp  # a token for every rank
     engine.eval()
     with unsharded(engine.module):
         for _ in range(SAMPLE_TOKENS):
-            context = torch.tensor([tokens[-config.train.sequence_length :]], device=engine.device)
-            logits: Tensor = engine.module(context)[0, -1].float().cpu()
+            given = tokens[-config.train.sequence_length :]
+            padding = [0] * max(0, shortest - len(given))  # behind what is asked for, which it does not change
+            context = torch.tensor([given + padding], device=engine.device)
+            logits: Tensor = engine.module(context)[0, len(given) - 1].float().cpu()
             tokens.append(int(torch.multinomial((logits / TEMPERATURE).softmax(0), 1, generator=generator)))
     return data.tokenizer.decode(tokens[length:])
 
@@ -96,8 +98,9 @@ def report(
 def layout_in_words(engine: Engine) -> str:
     """`4 processes (dp 2 x tp 2), ZeRO stage 3, bf16`."""
     parallel = engine.settings.parallel
-    degrees = [f"{name} {size}" for name, size in (("dp", engine.dp_size), ("tp", parallel.tp)) if size > 1]
-    axes = f" ({' x '.join(degrees)})" if parallel.tp > 1 else ""
+    sizes = {"dp": engine.dp_size, "tp": parallel.tp, "cp": parallel.cp}
+    degrees = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+    axes = f" ({' x '.join(degrees)})" if parallel.tp * parallel.cp > 1 else ""
     return f"{engine.world_size} processes{axes}, ZeRO stage {engine.settings.zero.stage}, {engine.settings.precision}"
 
 

@@ -33,7 +33,6 @@ from minizero.observe.metrics import MetricsWriter
 from minizero.observe.progress import Progress
 from minizero.report import bits_per_byte, report
 from minizero.run_folder import checkpoint_folder, finished_steps, save
-from minizero.zero.materialize import module_seed
 
 EXPECTED = (ValueError, OSError, CheckpointError, minizero.CollectiveError, FloatingPointError)
 HEAD_START = 4.0  # seconds in which rank 0 says what all ranks have to say
@@ -92,7 +91,6 @@ def run(resolved: Resolved) -> None:
         config.log.tensorboard.dir = str(folder / "tensorboard")
     engine, *_ = minizero.initialize(model=model, model_parameters=parameter_groups(model, config), config=config)
     engine.log.quiet = not config.log.wall_clock_breakdown  # the progress bar takes the log's place
-    torch.manual_seed(module_seed(config.train.seed, f"dropout of rank {engine.dp_rank}"))
     resume(engine, data, config, checkpoints)
     loader = training_loader(engine, data, config)  # before the folder: a run that cannot begin leaves none
     chief = dist.get_rank() == 0

@@ -65,6 +65,7 @@ FULL = {
     "wall_clock_breakdown": True,
     "tensorboard": {"enabled": True, "output_path": "tb", "job_name": "job"},
     "tensor_parallel": {"autotp_size": 2, "tp": {"tp_size": 2}},
+    "activation_checkpointing": {"partition_activations": True, "cpu_checkpointing": True},
 }
 
 
@@ -93,6 +94,7 @@ def test_every_acting_key_arrives():
     assert zero.gather_16bit_weights_on_model_save and zero.allow_untested_optimizer
     assert (log.every, log.wall_clock_breakdown) == (5, True)
     assert config.parallel.tp == 2
+    assert config.recompute.partition_activations and config.recompute.cpu_checkpointing
     assert (log.tensorboard.enabled, log.tensorboard.dir, log.tensorboard.job_name) == (True, "tb", "job")
 
 

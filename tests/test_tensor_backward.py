@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from minizero.dist.collectives import Communicator
 from minizero.parallel import linear
 from minizero.parallel.deferral import deferring
 from minizero.parallel.plan import apply_plan
+from minizero.parallel.recompute import checkpoint_block
 from minizero.parallel.tensor import TensorAxis
+from minizero.utils.forward import Forward, forward_of
 
 
 def cut(name: str, sequence: bool = False, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Any, Communicator]:
@@ -30,9 +33,9 @@ def cut(name: str, sequence: bool = False, dtype: torch.dtype = torch.float64) -
     return model, apply_plan(model, plan, TensorAxis(comm, sequence)), comm
 
 
-def loss_of(model: nn.Module, **more: Any) -> torch.Tensor:
+def loss_of(model: nn.Module) -> torch.Tensor:
     (batch,) = batches(1)
-    total, count = model(**batch, **more)
+    total, count = model(**batch)
     return total / count
 
 
@@ -59,7 +62,8 @@ def watch_backward(name: str, sequence: bool) -> tuple[list[tuple[str, str]], di
         return compute()
 
     with pytest.MonkeyPatch.context() as patch:
-        loss = loss_of(model)
+        with forward_of(Forward()):
+            loss = loss_of(model)
         patch.setattr(Communicator, "all_reduce", watched(Communicator.all_reduce))
         patch.setattr(Communicator, "reduce_parts", watched(Communicator.reduce_parts))
         patch.setattr(linear, "weight_gradient", weight_gradient)
@@ -85,13 +89,18 @@ def test_weight_gradients_are_computed_while_the_input_gradient_is_summed(name, 
 # ---- deferral ----
 
 
-def defer(name: str, sequence: bool, dtype: torch.dtype) -> list[str]:
+def defer(name: str, sequence: bool, dtype: torch.dtype, recomputes: bool) -> list[str]:
     """Names of what was deferred; compares with a backward that defers nothing."""
     model, _, comm = cut(name, sequence, dtype)
-    loss_of(model).backward()
+    if recomputes:
+        for layer in blocks_of(model):
+            layer.forward = partial(checkpoint_block, layer.forward)
+    with forward_of(Forward()):
+        loss_of(model).backward()
     at_once = {key: parameter.grad for key, parameter in model.named_parameters()}
     model.zero_grad()
-    loss = loss_of(model)
+    with forward_of(Forward()):
+        loss = loss_of(model)
     with deferring() as deferred:
         loss.backward()
     names = {parameter: key for key, parameter in model.named_parameters()}
@@ -108,11 +117,21 @@ def defer(name: str, sequence: bool, dtype: torch.dtype) -> list[str]:
     return seen
 
 
+def blocks_of(model: Any) -> Any:
+    return model.transformer.h if hasattr(model, "transformer") else model.model.layers
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("sequence", (False, True))
 @pytest.mark.parametrize(("name", "count"), (("llama", 2 * 7 + 1), ("gpt2", 2 * 4 + 1), ("hf_gpt2", 2 * 4 + 1)))
 def test_deferred_gradients_are_the_same_bits(name, count, sequence, dtype):
-    for seen in run_distributed(defer, 2, name, sequence, dtype):
+    for seen in run_distributed(defer, 2, name, sequence, dtype, False):
+        assert len(seen) == count
+
+
+@pytest.mark.parametrize(("name", "count"), (("llama", 2 * 7 + 1), ("gpt2", 2 * 4 + 1)))
+def test_what_a_recomputed_block_defers_is_the_same_bits(name, count):
+    for seen in run_distributed(defer, 2, name, True, torch.float32, True):
         assert len(seen) == count
 
 
@@ -120,6 +139,12 @@ def test_deferred_gradients_are_the_same_bits(name, count, sequence, dtype):
 
 
 def gradients(kind: str) -> dict[str, torch.Tensor | None]:
+    """`gradients_after` something unusual, in one forward's context, which recomputing needs."""
+    with forward_of(Forward()):
+        return gradients_after(kind)
+
+
+def gradients_after(kind: str) -> dict[str, torch.Tensor | None]:
     """Whole gradients of a float64 `Own`, over all ranks where there are several, after something unusual."""
     model: Any = make("own").to(torch.float64)
     layout, sequence = None, kind == "checkpoint"
@@ -211,6 +236,8 @@ def train_stack(tp: int, stage: int, kind: str) -> list[float]:
         layer.twice = kind == "twice"
         if kind == "checkpoint":
             layer.forward = recomputed(layer.forward)
+        if kind == "checkpoint_block":
+            layer.forward = partial(checkpoint_block, layer.forward)
     config = settings(tp, stage, parallel={"plan": STACK_PLAN}, debug={"collectives": kind == "checked"})
     zero = config.zero.model_copy(update={"overlap": kind == "overlapped"})
     engine, *_ = minizero.initialize(model=model, config=config.model_copy(update={"zero": zero}))
@@ -222,7 +249,9 @@ def train_stack(tp: int, stage: int, kind: str) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("kind", ("plain", "frozen", "checkpoint", "checked", "twice", "overlapped"))
+@pytest.mark.parametrize(
+    "kind", ("plain", "frozen", "checkpoint", "checked", "checkpoint_block", "twice", "overlapped")
+)
 @pytest.mark.parametrize("stage", (2, 3))
 def test_a_region_that_is_a_unit(stage, kind):
     (expected,) = run_distributed(train_stack, 1, 1, 0, kind)

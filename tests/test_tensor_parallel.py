@@ -324,8 +324,6 @@ def misuse(kind: str) -> None:
         model = nn.Sequential(nn.Linear(3, 3))
     elif kind == "nowhere to cut":
         model, plan = Own(), {key: style for key, style in Own.plan.items() if style != "sequence_begin"}
-    elif kind == "dropout":
-        model.model.layers[1].mlp.drop = nn.Dropout(0.1)
     elif kind == "degree":
         tp = 2 if dist.get_world_size() == 3 else 4
     sequence = kind == "nowhere to cut"
@@ -339,7 +337,6 @@ def misuse(kind: str) -> None:
         ("pattern", 2, r"'model.layers.\*.self_attn.qkv' matches no module of Llama"),
         ("style", 2, r"'lm_head' has style 'diagonal'; legal: colwise"),
         ("nowhere to cut", 2, r"parallel.sequence: no module of the plan is a sequence_begin"),
-        ("dropout", 2, r"parallel.tp = 2: model.layers.1.mlp.drop has dropout 0.1"),
         ("no plan", 2, r"Sequential has no tensor-parallel plan: give one as parallel.plan"),
         ("degree", 3, r"tp 2 x pp 1 x cp 1 = 2 does not divide the world size 3"),
     ),

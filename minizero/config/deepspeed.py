@@ -172,7 +172,7 @@ def translate(tree: Tree) -> Tree:
     tree = {key: value for key, value in tree.items() if key != "minizero"}
     reader = Reader(tree)
     translated: Tree = {}
-    for section in (_train, _precision, _zero, _parallel, _log):
+    for section in (_train, _precision, _zero, _parallel, _recompute, _log):
         for key, value in section(reader):
             if value is not None:
                 _put(translated, key, value)
@@ -293,6 +293,12 @@ def _parallel(reader: Reader) -> Pairs:
     if auto > 1 and size > 1 and auto != size:
         reader.contradiction("tensor_parallel.autotp_size", "tensor_parallel.tp.tp_size", why=f"{auto} and {size}")
     yield "parallel.tp", max(auto, size) if max(auto, size) > 1 else None
+
+
+def _recompute(reader: Reader) -> Pairs:
+    block = "activation_checkpointing"
+    yield "recompute.partition_activations", reader.get(f"{block}.partition_activations")
+    yield "recompute.cpu_checkpointing", reader.get(f"{block}.cpu_checkpointing")
 
 
 def _log(reader: Reader) -> Pairs:

@@ -109,7 +109,7 @@ UNITS = "parameters are gathered and dropped unit by unit, by a fixed plan"
 NVME = "minizero does not offload to NVMe"
 REMOVED = "it was removed from DeepSpeed too, and is not built here"
 NOT_BUILT = "it is not built here"
-RECOMPUTE = "it saves memory only, and recomputation is not built yet"
+RECOMPUTE = "nothing that is computed depends on it"
 MONITOR = "metrics go to metrics.jsonl and TensorBoard"
 
 ZERO: dict[str, Key | Block] = {
@@ -247,11 +247,13 @@ LOGGING: dict[str, Key | Block] = {
 
 OTHER: dict[str, Key | Block] = {
     "activation_checkpointing": Block(
-        unused(
-            "partition_activations cpu_checkpointing contiguous_memory_optimization number_checkpoints "
-            "synchronize_checkpoint_boundary profile",
-            RECOMPUTE,
-        )
+        {
+            "partition_activations": acts(bool),
+            "cpu_checkpointing": acts(bool),
+            **unused(
+                "contiguous_memory_optimization number_checkpoints synchronize_checkpoint_boundary profile", RECOMPUTE
+            ),
+        }
     ),
     "checkpoint": Block(
         {

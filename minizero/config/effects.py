@@ -18,12 +18,16 @@ def without_effect(config: Config) -> Iterator[str]:
         (zero, "zero", "gather_16bit_weights_on_model_save", zero.stage < 3),
         (zero, "zero", "gradient_predivide_factor", zero.prescale_gradients),
         (config.model, "model", "rope_theta", config.model.family != "llama"),
+        (config.recompute, "recompute", "partition_activations", config.parallel.tp == 1 or config.parallel.sequence),
         (config.log.tensorboard, "log.tensorboard", "dir", not config.log.tensorboard.enabled),
     ]
     reasons = {
         "loss_scale": f"precision is {precision}, not fp16",
         "zero": f"stage is {zero.stage}",
         "model": f"family is {config.model.family}",
+        "recompute": "inputs that differ on each rank are not partitioned (parallel.sequence)"
+        if config.parallel.sequence
+        else f"parallel.tp is {config.parallel.tp}",
         "log.tensorboard": "it is not enabled",
     }
     for section, name, key, is_idle in idle:

@@ -56,7 +56,11 @@ class ModelConfig(Section):
     tie_embeddings: bool = True
     """Share the input embedding with the output head."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout probability (gpt2)."""
+    """Dropout probability behind embeddings, attention and MLP (gpt2)."""
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability of attention weights (gpt2); needs `attention` eager."""
+    attention: Literal["fused", "eager"] = "fused"
+    """`fused`: torch's attention, which never holds a (length, length) matrix. `eager`: the textbook's, which does."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -64,6 +68,8 @@ class ModelConfig(Section):
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.num_heads % (self.num_kv_heads or self.num_heads):
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.attention_dropout and self.attention == "fused":
+            raise ValueError(f"attention_dropout {self.attention_dropout} needs attention = eager, found fused")
         return self
 
 
@@ -82,7 +88,7 @@ class TrainConfig(Section):
     steps: int = Field(100, ge=1)
     """Optimizer steps to run."""
     seed: int = Field(0, ge=0)
-    """Seed of initialization and data order, which no layout changes, and of dropout, which each rank draws itself."""
+    """Seed of initialization, data order and dropout, which no layout changes."""
     global_batch_size: int | None = Field(None, ge=1)
     """Sequences per optimizer step over all ranks (= micro batch x accumulation x data-parallel size)."""
     micro_batch_size: int | None = Field(None, ge=1)
@@ -199,7 +205,9 @@ class ParallelConfig(Section):
     pp: int = Field(1, ge=1)
     """Pipeline-parallel degree."""
     cp: int = Field(1, ge=1)
-    """Context-parallel degree."""
+    """Context-parallel degree: ranks that share each sequence."""
+    context: Literal["ring", "ulysses"] = "ring"
+    """How context-parallel ranks attend: `ring` passes keys and values round, `ulysses` swaps positions for heads."""
     sequence: bool = False
     """Shard norms and residuals along the sequence (needs tp > 1)."""
 
@@ -209,11 +217,36 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _not_built_yet(self) -> ParallelConfig:
-        for name in ("pp", "cp"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name} = {getattr(self, name)} is not available in this version; legal: 1")
+        if self.pp > 1:
+            raise ValueError(f"pp = {self.pp} is not available in this version; legal: 1")
         if self.sequence and self.tp == 1:
             raise ValueError("sequence = true needs tp > 1, found tp = 1")
+        return self
+
+
+class RecomputeConfig(Section):
+    mode: Literal["none", "full", "selective", "budget"] = "none"
+    """What is computed again in backward instead of kept. `full`: blocks. `selective`: attention, or chosen modules.
+    `budget`: as few blocks as keep activations within `budget`."""
+    every: int = Field(1, ge=1)
+    """full: only every k-th block."""
+    modules: list[str] = Field(default_factory=list)
+    """selective: patterns of module names (`*` stands for one part); none means attention between its projections."""
+    budget: float | None = Field(None, gt=0)
+    """budget: bytes that the blocks of one rank may keep for backward."""
+    partition_activations: bool = False
+    """Each tensor-parallel rank keeps 1/tp of a checkpointed block's input, and gathers it in backward."""
+    cpu_checkpointing: bool = False
+    """Keep checkpointed inputs in pinned host memory (GPU runs)."""
+
+    @model_validator(mode="after")
+    def _mode_has_what_it_needs(self) -> RecomputeConfig:
+        if (self.mode == "budget") != (self.budget is not None):
+            raise ValueError(f"mode {self.mode!r} with budget {self.budget}: mode budget and a budget go together")
+        if self.modules and self.mode != "selective":
+            raise ValueError(f"modules need mode selective, found {self.mode!r}")
+        if self.every > 1 and self.mode != "full":
+            raise ValueError(f"every = {self.every} needs mode full, found {self.mode!r}")
         return self
 
 
@@ -257,6 +290,9 @@ class DistConfig(Section):
 class DebugConfig(Section):
     collectives: bool = False
     """Compare a fingerprint of every collective over its group before running it."""
+    recompute: bool = False
+    """Compare what checkpointed blocks compute again with the first time, and refuse random numbers that cannot be
+    drawn again."""
 
 
 class Config(Section):
@@ -275,6 +311,7 @@ class Config(Section):
     loss_scale: LossScaleConfig = Field(default_factory=LossScaleConfig)
     zero: ZeroConfig = Field(default_factory=ZeroConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    recompute: RecomputeConfig = Field(default_factory=RecomputeConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     dist: DistConfig = Field(default_factory=DistConfig)

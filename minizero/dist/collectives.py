@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from minizero.dist.ledger import CommLedger
-from minizero.dist.mesh import DEFAULT_TIMEOUT
+from minizero.dist.mesh import DEFAULT_TIMEOUT, group_along
 from minizero.dist.neighbour import choose_transport
 from minizero.dist.positions import where_everyone_is
 from minizero.dist.sharding import FlatLayout, split_sizes
@@ -47,7 +47,6 @@ from minizero.dist.transport import OPERATIONS, Call, Waitable
 
 T = TypeVar("T")
 FINGERPRINT_BYTES = 1024
-WORLD = "world"  # the axis of all ranks
 
 
 class CollectiveError(RuntimeError):
@@ -90,7 +89,7 @@ class Communicator:
 
     Args:
         mesh: the named mesh.
-        axis: which of its axes, or "world".
+        axis: which of its axes, several as one ("dp_cp"), or "world".
         ledger: where calls and bytes are counted.
         check: compare a fingerprint of every call over the group first (debug mode).
         transport: how slices travel on gloo: "messages", "memory", or "auto".
@@ -111,7 +110,7 @@ class Communicator:
     ) -> None:
         self._mesh, self._wanted, self._timeout = mesh, transport, timeout
         self.axis = axis
-        self.group = dist.distributed_c10d._get_default_group() if axis == WORLD else mesh.get_group(axis)
+        self.group = group_along(mesh, axis, timeout)
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
         self.ledger = ledger
@@ -322,6 +321,61 @@ class Communicator:
 
         return gathered
 
+    def shift(
+        self, tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]], unit: str
+    ) -> Callable[[], list[Tensor]]:
+        """Start giving `tensors` to the next rank of the ring; call what is returned for those of the previous one.
+
+        `shapes` are theirs; the dtypes are those of `tensors`, which must stay as they are until the call.
+        """
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        work = self._begin("shift", unit, tensors[0], nbytes // tensors[0].itemsize, tensors[0].dtype, nbytes)
+        outgoing = [tensor.contiguous() for tensor in tensors]
+        arrived = [tensor.new_empty(shape) for tensor, shape in zip(tensors, shapes, strict=True)]
+        following, previous = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        if self.transport is None:
+            sends = [dist.P2POp(dist.isend, t, self._ranks[following], self.group) for t in outgoing]
+            receives = [dist.P2POp(dist.irecv, t, self._ranks[previous], self.group) for t in arrived]
+            work.requests = [*dist.batch_isend_irecv([*sends, *receives])]
+
+            def native() -> list[Tensor]:
+                work.wait()
+                return arrived
+
+            return native
+        return self._start_exchange(work, {following: outgoing}, {previous: arrived}, unit, lambda: arrived)
+
+    def all_to_all(
+        self, tensors: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Sequence[int]]], unit: str
+    ) -> list[list[Tensor]]:
+        """tensors[rank] to each rank; returns what each rank gave this one, of `shapes[rank]`, in rank order.
+
+        All tensors have one dtype. The ledger's payload is what this rank holds, its own part included.
+        """
+        first, mine = tensors[0][0], list(tensors[self.rank])
+        payload = sum(tensor.numel() for of_rank in tensors for tensor in of_rank)
+        sent = payload * first.itemsize - sum(tensor.nbytes for tensor in mine)
+        work = self._begin("all_to_all", unit, first, payload, first.dtype, sent)
+        arrived = [
+            mine if rank == self.rank else [first.new_empty(shape) for shape in of_rank]
+            for rank, of_rank in enumerate(shapes)
+        ]
+        if self.size == 1:
+            return arrived
+        if self.transport is None:
+            outgoing = [torch.cat([t.reshape(-1) for t in of_rank]) for of_rank in tensors]
+            incoming = [torch.cat([t.reshape(-1) for t in of_rank]) for of_rank in arrived]
+            work.requests = [dist.all_to_all(incoming, outgoing, group=self.group, async_op=True)]
+            work.wait()
+            split = [flat.split([t.numel() for t in of_rank]) for flat, of_rank in zip(incoming, arrived, strict=True)]
+            return [
+                [piece.view(t.shape) for piece, t in zip(pieces, of_rank, strict=True)]
+                for pieces, of_rank in zip(split, arrived, strict=True)
+            ]
+        peers = self._peers()
+        outgoing_by_peer = {peer: [t.contiguous() for t in tensors[peer]] for peer in peers}
+        return self._start_exchange(work, outgoing_by_peer, {p: arrived[p] for p in peers}, unit, lambda: arrived)()
+
     def _swap(self, work: Work, outgoing: dict[int, Tensor], parts: list[Tensor], unit: str) -> None:
         self._start_swap(work, outgoing, parts, unit, lambda _: None)()
 
@@ -334,21 +388,39 @@ class Communicator:
         finish: Callable[[list[Tensor]], T],
     ) -> Callable[[], T]:
         """Give each peer a tensor and fill `parts` (but the own one) from them; call what is returned to wait."""
+        return self._start_exchange(
+            work,
+            {peer: [piece] for peer, piece in outgoing.items()},
+            {peer: [parts[peer]] for peer in self._peers()},
+            unit,
+            lambda: finish(parts),
+        )
+
+    def _start_exchange(
+        self,
+        work: Work,
+        outgoing: dict[int, list[Tensor]],
+        incoming: dict[int, list[Tensor]],
+        unit: str,
+        finish: Callable[[], T],
+    ) -> Callable[[], T]:
+        """Give peers `outgoing` and fill `incoming`, all contiguous, over the host; call what is returned to wait."""
         assert self.transport is not None
-        host = [part.cpu() if part.is_cuda else part for part in parts]
+        host = {peer: [t.cpu() if t.is_cuda else t for t in of_peer] for peer, of_peer in incoming.items()}
         running = self.transport.exchange(
-            {peer: [piece.cpu().reshape(-1)] for peer, piece in outgoing.items()},
-            {peer: [host[peer].view(-1)] for peer in self._peers()},
+            {peer: [t.cpu().reshape(-1) for t in of_peer] for peer, of_peer in outgoing.items()},
+            {peer: [t.view(-1) for t in of_peer] for peer, of_peer in host.items()},
             self._call("exchange", unit),
         )
         work.requests = [*running.arrivals, *running.departures]
 
         def wait() -> T:
             work.wait()
-            for part, arrived in zip(parts, host, strict=True):
-                if part is not arrived:
-                    part.copy_(arrived)
-            return finish(parts)
+            for peer, of_peer in incoming.items():
+                for target, arrived in zip(of_peer, host[peer], strict=True):
+                    if target is not arrived:
+                        target.copy_(arrived)
+            return finish()
 
         return wait
 

@@ -179,3 +179,8 @@ def join_sequence(x_BSH: Tensor, comm: Communicator, unit: str, length: int) -> 
 def gather_features(x_BSV: Tensor, comm: Communicator, unit: str, sizes: list[int]) -> Tensor:
     """x[B, S, V_axis] -> x[B, S, V], for uses that are the same on all ranks; `sizes` of the parts may differ."""
     return _Gather.apply(x_BSV, comm, unit, sizes, x_BSV.dim() - 1, None) if comm.size > 1 else x_BSV
+
+
+def gather_rows_of_sequence(x_BLV: Tensor, comm: Communicator, unit: str, sizes: list[int]) -> Tensor:
+    """x[B, L_axis, V] -> x[B, S, V], parts behind each other in rank order, for uses that are the same on all ranks."""
+    return _Gather.apply(x_BLV, comm, unit, sizes, SEQUENCE_DIM, None) if comm.size > 1 else x_BLV

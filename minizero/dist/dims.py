@@ -11,8 +11,11 @@ No process group and no torch in here: the planner and the tests ask the same ob
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 AXES = ("pp", "dp", "cp", "tp")
+DATA = "dp_cp"
+"""The axes dp and cp as one: ranks that hold the same weights and see other tokens. ZeRO shards over it."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,14 @@ class ParallelDims:
         return rank
 
     def ranks_along(self, axis: str, rank: int) -> tuple[int, ...]:
-        """The ranks that share every coordinate with `rank` except `axis`, in order of that axis."""
+        """The ranks that share every coordinate with `rank` except `axis`, in order of that axis.
+
+        `axis` may be several, joined by an underscore in the order of `AXES`: "dp_cp".
+        """
+        moving = axis.split("_")
         here = self.coordinates(rank)
-        return tuple(self.rank({**here, axis: index}) for index in range(self.degrees[axis]))
+        places = product(*(range(self.degrees[name]) for name in moving))
+        return tuple(self.rank({**here, **dict(zip(moving, place, strict=True))}) for place in places)
 
     def groups(self, axis: str) -> list[tuple[int, ...]]:
         """Every group of ranks along `axis`; together they hold each rank once."""

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from minizero.dist.dims import AXES, ParallelDims
 
 DEFAULT_TIMEOUT = 120.0  # seconds
+WORLD = "world"  # the axis of all ranks
 
 
 def local_device() -> torch.device:
@@ -72,3 +73,25 @@ def build_mesh(dims: ParallelDims, timeout: float = DEFAULT_TIMEOUT) -> DeviceMe
     grid = torch.arange(dims.world_size).view(*dims.degrees.values())
     device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
     return DeviceMesh.from_group(mine, device_type, mesh=grid, mesh_dim_names=AXES)
+
+
+def dims_of(mesh: DeviceMesh) -> ParallelDims:
+    """The degrees that `mesh` was built with."""
+    degrees = dict(zip(AXES, mesh.mesh.shape, strict=True))
+    return ParallelDims(mesh.mesh.numel(), tp=degrees["tp"], pp=degrees["pp"], cp=degrees["cp"])
+
+
+def group_along(mesh: DeviceMesh, axis: str, timeout: float) -> dist.ProcessGroup:
+    """The process group of one axis of `mesh`, of several as one ("dp_cp"), or of all ranks ("world").
+
+    Collective over its ranks where several axes have more than one rank: then the group is made here.
+    """
+    if axis == WORLD:
+        return dist.distributed_c10d._get_default_group()
+    dims = dims_of(mesh)
+    names = axis.split("_")
+    wide = [name for name in names if dims.degrees[name] > 1]
+    if len(wide) < 2:
+        return mesh.get_group((wide or names)[0])
+    ranks = list(dims.ranks_along(axis, dist.get_rank()))
+    return dist.new_group(ranks, timeout=timedelta(seconds=timeout), use_local_synchronization=True)

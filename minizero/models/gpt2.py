@@ -15,15 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minizero.config.schema import ModelConfig
+from minizero.models.dropout import Dropout
 from minizero.models.layers import (
     INIT_STD,
+    CausalAttention,
     Embedding,
     Linear,
     SummedCrossEntropy,
-    causal_attention,
+    positions_and_documents,
     residual_std,
     split_heads,
 )
+from minizero.utils.forward import running
 
 
 class GPT2(nn.Module):
@@ -37,14 +40,20 @@ class GPT2(nn.Module):
         "transformer.h.0": "sequence_begin",
         "transformer.h.*.ln_1": "sequence",
         "transformer.h.*.attn.c_attn": "colwise_fused",
+        "transformer.h.*.attn.attend.dropout": "heads",
         "transformer.h.*.attn.c_proj": "rowwise",
+        "transformer.h.*.attn.resid_dropout": "sequence",
         "transformer.h.*.ln_2": "sequence",
         "transformer.h.*.mlp.c_fc": "colwise",
         "transformer.h.*.mlp.c_proj": "rowwise",
+        "transformer.h.*.mlp.dropout": "sequence",
         "transformer.ln_f": "sequence",
         "lm_head": "vocab_head",
     }
     """How layers may be cut over ranks; read by `minizero.parallel.plan`."""
+
+    context_inputs: ClassVar[tuple[str, ...]] = ("input_ids", "labels", "position_ids")
+    """Arguments whose dim 1 is the sequence; labels are the tokens that follow."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, max_sequence_length: int) -> None:
         super().__init__()
@@ -56,8 +65,10 @@ class GPT2(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        logits_BSV = self.lm_head(self.transformer(input_ids))
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        logits_BSV = self.lm_head(self.transformer(input_ids, position_ids))
         return logits_BSV if labels is None else self.loss(logits_BSV, labels)
 
 
@@ -68,18 +79,19 @@ class Transformer(nn.Module):
         super().__init__()
         self.wte = Embedding(vocab_size, config.hidden_size)
         self.wpe = Embedding(max_sequence_length, config.hidden_size)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        length, longest = input_ids.shape[1], self.wpe.num_embeddings
-        if length > longest:
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        forward, longest = running(), self.wpe.num_embeddings
+        length = forward.total if forward is not None and forward.total else input_ids.shape[1]
+        if position_ids is None and length > longest:
             raise ValueError(f"the input has {length} tokens, but this gpt2 has positions for {longest}")
-        positions_S = torch.arange(length, device=input_ids.device)
-        x_BSH = self.drop(self.wte(input_ids) + self.wpe(positions_S))
+        positions, documents_BS = positions_and_documents(input_ids, position_ids)
+        x_BSH = self.drop(self.wte(input_ids) + self.wpe(positions))
         for block in self.h:
-            x_BSH = block(x_BSH)
+            x_BSH = block(x_BSH, documents_BS)
         return self.ln_f(x_BSH)
 
 
@@ -93,8 +105,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BSH: Tensor) -> Tensor:
-        x_BSH = x_BSH + self.attn(self.ln_1(x_BSH))
+    def forward(self, x_BSH: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+        x_BSH = x_BSH + self.attn(self.ln_1(x_BSH), documents_BS)
         return x_BSH + self.mlp(self.ln_2(x_BSH))
 
 
@@ -104,15 +116,15 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.head_dim, self.dropout = hidden // config.num_heads, config.dropout
+        self.head_dim = hidden // config.num_heads
         self.c_attn = Conv1D(hidden, 3 * hidden)
         self.c_proj = Conv1D(hidden, hidden, std=residual_std(config.num_layers))
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.attend = CausalAttention(config.attention_dropout, eager=config.attention == "eager")
+        self.resid_dropout = Dropout(config.dropout)
 
-    def forward(self, x_BSH: Tensor) -> Tensor:
+    def forward(self, x_BSH: Tensor, documents_BS: Tensor | None = None) -> Tensor:
         q_BNSD, k_BNSD, v_BNSD = (split_heads(part, self.head_dim) for part in self.c_attn(x_BSH).chunk(3, dim=-1))
-        attended_BSH = causal_attention(q_BNSD, k_BNSD, v_BNSD, self.dropout if self.training else 0.0)
-        return self.resid_dropout(self.c_proj(attended_BSH))
+        return self.resid_dropout(self.c_proj(self.attend(q_BNSD, k_BNSD, v_BNSD, documents_BS)))
 
 
 class MLP(nn.Module):
@@ -123,7 +135,7 @@ class MLP(nn.Module):
         width = config.intermediate_size or 4 * config.hidden_size
         self.c_fc = Conv1D(config.hidden_size, width)
         self.c_proj = Conv1D(width, config.hidden_size, std=residual_std(config.num_layers))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x_BSH), approximate="tanh")))

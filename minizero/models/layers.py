@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minizero.models.dropout import Dropout
+from minizero.utils.forward import running
+
 INIT_STD = 0.02
 """Standard deviation of initial weights (GPT-2, Radford et al. 2019, and most since)."""
 
@@ -69,17 +72,65 @@ class RMSNorm(nn.Module):
         return self.weight * (wide_BSH * scale_BS1).to(x_BSH.dtype)
 
 
-def causal_attention(q_BNSD: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, dropout: float = 0.0) -> Tensor:
-    """softmax(q kᵀ / √D, no position sees a later one) v, the heads side by side: shape (B, S, N·D).
+class CausalAttention(nn.Module):
+    """softmax(q kᵀ / √D, no position sees a later one, nor another document) v, the heads side by side: (B, S, N·D).
 
     Keys and values may have fewer heads (M divides N): each serves N / M consecutive query heads
     (grouped-query attention, arXiv 2305.13245).
+
+    Args:
+        dropout: probability with which a weight is dropped. eager: compute the (S, S) weights as such; dropout needs
+            them, everything else is better off with torch's fused attention, which never holds them.
+
+    A module, so that another way to the same numbers can take its place.
     """
-    grouped = q_BNSD.shape[1] != k_BMSD.shape[1]
-    out_BNSD = F.scaled_dot_product_attention(
-        q_BNSD, k_BMSD, v_BMSD, dropout_p=dropout, is_causal=True, enable_gqa=grouped
-    )
-    return out_BNSD.transpose(1, 2).flatten(2)
+
+    def __init__(self, dropout: float = 0.0, eager: bool = False) -> None:
+        super().__init__()
+        self.eager = eager
+        self.dropout = Dropout(dropout, dims=("sample", "head", "query", "key"))
+
+    def forward(self, q_BNSD: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+        attend = self._eager if self.eager else self._fused
+        return attend(q_BNSD, k_BMSD, v_BMSD, documents_BS).transpose(1, 2).flatten(2)
+
+    def _fused(self, q_BNSD: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, documents_BS: Tensor | None) -> Tensor:
+        mask = None if documents_BS is None else ~hidden(q_BNSD, documents_BS)
+        grouped = q_BNSD.shape[1] != k_BMSD.shape[1]
+        return F.scaled_dot_product_attention(
+            q_BNSD, k_BMSD, v_BMSD, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        )
+
+    def _eager(self, q_BNSD: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, documents_BS: Tensor | None) -> Tensor:
+        each = q_BNSD.shape[1] // k_BMSD.shape[1]
+        k_BNSD, v_BNSD = (x if each == 1 else x.repeat_interleave(each, dim=1) for x in (k_BMSD, v_BMSD))
+        scores_BNSS = (q_BNSD * q_BNSD.shape[-1] ** -0.5) @ k_BNSD.transpose(-1, -2)
+        scores_BNSS = scores_BNSS.masked_fill(hidden(q_BNSD, documents_BS), float("-inf"))
+        weights_BNSS = at_least_fp32(scores_BNSS).softmax(dim=-1).to(q_BNSD.dtype)
+        return self.dropout(weights_BNSS) @ v_BNSD
+
+
+def hidden(q_BNSD: Tensor, documents_BS: Tensor | None) -> Tensor:
+    """bool, (S, S) or (B, 1, S, S): True where a query (row) may not see a key (column)."""
+    length = q_BNSD.shape[2]
+    later_SS = torch.ones(length, length, dtype=torch.bool, device=q_BNSD.device).triu(1)
+    if documents_BS is None:
+        return later_SS
+    return later_SS | (documents_BS[:, None, :, None] != documents_BS[:, None, None, :])
+
+
+def positions_and_documents(input_ids: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(positions (S,) or (B, S), documents (B, S) or None) of the tokens that this rank holds.
+
+    Position ids that begin again at 0 begin a new document. Without them positions count from 0, or are those that
+    context parallelism left here.
+    """
+    if position_ids is not None:
+        return position_ids, (position_ids == 0).cumsum(dim=-1)
+    forward = running()
+    if forward is not None and forward.positions_L is not None:
+        return forward.positions_L, None
+    return torch.arange(input_ids.shape[1], device=input_ids.device), None
 
 
 def split_heads(x_BSE: Tensor, head_dim: int) -> Tensor:

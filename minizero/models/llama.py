@@ -15,16 +15,17 @@ from torch.nn import functional as F
 
 from minizero.config.schema import ModelConfig
 from minizero.models.layers import (
+    CausalAttention,
     Embedding,
     Linear,
     RMSNorm,
     SummedCrossEntropy,
-    causal_attention,
+    positions_and_documents,
     split_heads,
 )
 
 Rope = tuple[Tensor, Tensor]
-"""Cosine and sine of the rotary angles, each (S, E) with E = D/2: one angle per pair of elements."""
+"""Cosine and sine of the rotary angles, each (B or 1, 1, S, E) with E = D/2: one angle per pair of elements."""
 
 
 class Llama(nn.Module):
@@ -52,10 +53,15 @@ class Llama(nn.Module):
     }
     """How layers may be cut over ranks; read by `minizero.parallel.plan`."""
 
+    context_inputs: ClassVar[tuple[str, ...]] = ("input_ids", "labels", "position_ids")
+    """Arguments whose dim 1 is the sequence; labels are the tokens that follow."""
+
     def __init__(self, config: ModelConfig, vocab_size: int, max_sequence_length: int) -> None:
         super().__init__()
         if config.dropout:
             raise ValueError(f"model.dropout = {config.dropout} has no effect on a llama; legal: 0")
+        if config.attention_dropout:
+            raise ValueError(f"model.attention_dropout = {config.attention_dropout} has no effect on a llama; legal: 0")
         if (head_dim := config.hidden_size // config.num_heads) % 2:
             raise ValueError(
                 f"model.hidden_size / model.num_heads = {head_dim} is odd, but rotary positions turn pairs: "
@@ -68,8 +74,10 @@ class Llama(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        logits_BSV = self.lm_head(self.model(input_ids))
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        logits_BSV = self.lm_head(self.model(input_ids, position_ids))
         return logits_BSV if labels is None else self.loss(logits_BSV, labels)
 
 
@@ -84,11 +92,12 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         x_BSH = self.embed_tokens(input_ids)
-        rope = rope_table(input_ids.shape[1], self.head_dim, self.rope_theta, x_BSH)
+        positions, documents_BS = positions_and_documents(input_ids, position_ids)
+        rope = rope_table(positions, self.head_dim, self.rope_theta, x_BSH)
         for layer in self.layers:
-            x_BSH = layer(x_BSH, rope)
+            x_BSH = layer(x_BSH, rope, documents_BS)
         return self.norm(x_BSH)
 
 
@@ -102,8 +111,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BSH: Tensor, rope: Rope) -> Tensor:
-        x_BSH = x_BSH + self.self_attn(self.input_layernorm(x_BSH), rope)
+    def forward(self, x_BSH: Tensor, rope: Rope, documents_BS: Tensor | None = None) -> Tensor:
+        x_BSH = x_BSH + self.self_attn(self.input_layernorm(x_BSH), rope, documents_BS)
         return x_BSH + self.mlp(self.post_attention_layernorm(x_BSH))
 
 
@@ -119,12 +128,13 @@ class Attention(nn.Module):
         self.k_proj = Linear(hidden, kv_size)
         self.v_proj = Linear(hidden, kv_size)
         self.o_proj = Linear(hidden, hidden, std=0.0)  # a block begins as the identity
+        self.attend = CausalAttention(eager=config.attention == "eager")
 
-    def forward(self, x_BSH: Tensor, rope: Rope) -> Tensor:
+    def forward(self, x_BSH: Tensor, rope: Rope, documents_BS: Tensor | None = None) -> Tensor:
         q_BNSD = apply_rope(split_heads(self.q_proj(x_BSH), self.head_dim), rope)
         k_BMSD = apply_rope(split_heads(self.k_proj(x_BSH), self.head_dim), rope)
         v_BMSD = split_heads(self.v_proj(x_BSH), self.head_dim)
-        return self.o_proj(causal_attention(q_BNSD, k_BMSD, v_BMSD))
+        return self.o_proj(self.attend(q_BNSD, k_BMSD, v_BMSD, documents_BS))
 
 
 class MLP(nn.Module):
@@ -146,20 +156,20 @@ def default_mlp_width(hidden_size: int) -> int:
     return -(-8 * hidden_size // (3 * 32)) * 32
 
 
-def rope_table(length: int, head_dim: int, theta: float, like: Tensor) -> Rope:
-    """cos and sin of angle s / theta^(2d / D), each (S, D/2), on the device and in the dtype of `like`.
+def rope_table(positions: Tensor, head_dim: int, theta: float, like: Tensor) -> Rope:
+    """cos and sin of angle s / theta^(2d / D) at `positions` (S,) or (B, S), in the dtype of `like`.
 
     The angles are in fp32 whatever the dtype (bf16 cannot hold positions beyond 256). They are computed afresh in each
     forward: it is cheap, and a buffer would have to survive the meta device, dtype casts and inference mode.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=like.device) / head_dim
-    positions_S = torch.arange(length, dtype=torch.float32, device=like.device)
-    angle_SE = torch.outer(positions_S, 1.0 / theta**exponent)
-    return angle_SE.cos().to(like.dtype), angle_SE.sin().to(like.dtype)
+    positions_BS = positions.to(torch.float32).view(-1, positions.shape[-1])
+    angle_B1SE = (positions_BS.unsqueeze(-1) * (1.0 / theta**exponent)).unsqueeze(1)
+    return angle_B1SE.cos().to(like.dtype), angle_B1SE.sin().to(like.dtype)
 
 
 def apply_rope(x_BNSD: Tensor, rope: Rope) -> Tensor:
     """Turn each pair (x[d], x[d + D/2]) by its position's angle (RoFormer, arXiv 2104.09864, rotate-half layout)."""
-    cos_SE, sin_SE = rope
+    cos_B1SE, sin_B1SE = rope
     first, second = x_BNSD.chunk(2, dim=-1)
-    return torch.cat((first * cos_SE - second * sin_SE, second * cos_SE + first * sin_SE), dim=-1)
+    return torch.cat((first * cos_B1SE - second * sin_B1SE, second * cos_B1SE + first * sin_B1SE), dim=-1)

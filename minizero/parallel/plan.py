@@ -11,8 +11,9 @@ A table maps a pattern of module names (`*` stands for one part of the name) to 
     vocab           an embedding, by rows
     vocab_head      the output head, by rows; the loss takes the cut logits
     gather_head     the output head, by rows; logits are gathered, for a loss that wants them whole
+    heads           our Dropout of attention weights, which each rank has for its heads
     partial         its parameters are whole, but each rank sees a part of what they are used on (norms of heads)
-    sequence        the same, with sequence parallel only (norms between regions)
+    sequence        the same, with sequence parallel only (norms and our Dropout between regions)
     sequence_begin  the block at whose entry the sequence is cut, with sequence parallel
     sequence_end    a `sequence` module at whose exit it is whole again; without one, the head gathers it
 
@@ -25,11 +26,14 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from minizero.dist import conjugate
 from minizero.dist.layout import TensorLayout
 from minizero.dist.sharding import TensorShard, split_sizes
+from minizero.models.dropout import Dropout
+from minizero.parallel.random import draw_from
 from minizero.parallel.tensor import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -37,12 +41,13 @@ from minizero.parallel.tensor import (
     VocabParallelEmbedding,
     VocabParallelLoss,
 )
+from minizero.utils.forward import running
 
 Ranges = tuple[tuple[tuple[int, int], ...], ...]  # per rank, [start, stop) along the cut dim
 OPENING = ("colwise", "colwise_kv", "colwise_fused")
 HEADS = ("vocab_head", "gather_head")
 CUT = (*OPENING, *HEADS, "rowwise", "vocab")
-STYLES = (*CUT, "region", "partial", "sequence", "sequence_begin", "sequence_end")
+STYLES = (*CUT, "region", "heads", "partial", "sequence", "sequence_begin", "sequence_end")
 
 
 def apply_plan(model: nn.Module, plan: dict[str, str], axis: TensorAxis) -> TensorLayout:
@@ -89,6 +94,8 @@ class PlanApplication:
             if style in CUT:
                 holder = self.model.get_submodule(name.rpartition(".")[0])
                 setattr(holder, name.rpartition(".")[2], self.parallel_layer(name, style, module, holder))
+            elif isinstance(module, Dropout):
+                self.place(module, style)
             elif style == "partial" or (style in ("sequence", "sequence_end") and self.axis.sequence):
                 self.layout.partial |= set(module.parameters())
                 if style == "sequence_end":
@@ -101,6 +108,14 @@ class PlanApplication:
             tell_share(self.model.get_submodule(name), self.size)
         self.layout.shards = {p: s for p, s in self.layout.shards.items() if s.dim >= 0}
         return self.layout
+
+    def place(self, dropout: Dropout, style: str) -> None:
+        """Tell a dropout which part of the whole tensor it sees."""
+        if style == "heads":
+            rank = self.rank
+            dropout.index_of["head"] = lambda length, device: torch.arange(length, device=device) + rank * length
+        elif style == "sequence" and self.axis.sequence:
+            dropout.index_of["sequence"] = self.axis.places
 
     # ---- layers ----
 
@@ -188,7 +203,10 @@ class PlanApplication:
 
     def cut_sequence(self, name: str) -> Callable[..., Any]:
         def cut(x_BSH: Tensor) -> Tensor:
-            self.axis.length = x_BSH.shape[1]
+            forward = running()
+            assert forward is not None
+            forward.length = x_BSH.shape[1]
+            draw_from("part")
             if self.axis.length < self.size:
                 raise ValueError(
                     f"parallel.sequence: {self.axis.length} tokens are fewer than parallel.tp = {self.size} ranks"
@@ -198,7 +216,11 @@ class PlanApplication:
         return on_first_input(cut)
 
     def end_sequence(self, name: str) -> Callable[..., Any]:
-        return lambda module, args, x_BSH: conjugate.join_sequence(x_BSH, self.axis.comm, name, self.axis.length)
+        def end(module: nn.Module, args: Any, x_BSH: Tensor) -> Tensor:
+            draw_from("whole")
+            return conjugate.join_sequence(x_BSH, self.axis.comm, name, self.axis.length)
+
+        return end
 
     def cut_logits(self, weight: nn.Parameter, sizes: list[int], name: str) -> None:
         """The model's loss takes cut logits; who asks for logits themselves gets them whole."""

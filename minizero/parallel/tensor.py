@@ -27,8 +27,10 @@ from torch.nn import functional as F
 
 from minizero.dist import conjugate
 from minizero.dist.collectives import Communicator
-from minizero.dist.sharding import TensorShard
+from minizero.dist.sharding import TensorShard, split_sizes
 from minizero.parallel.linear import Anchor, anchor, linear
+from minizero.parallel.random import draw_from
+from minizero.utils.forward import running
 
 
 @dataclass
@@ -37,12 +39,22 @@ class TensorAxis:
 
     Attributes:
         comm: its collectives. sequence: whether regions are sequence parallel.
-        length: of the sequence of the running forward, known to who cut it.
     """
 
     comm: Communicator
     sequence: bool = False
-    length: int = 0
+
+    @property
+    def length(self) -> int:
+        """Positions of the running forward's sequence, before it was cut over this axis."""
+        forward = running()
+        assert forward is not None, "a sequence-parallel layer outside its engine's model"
+        return forward.length
+
+    def places(self, length: int, device: torch.device) -> Tensor:
+        """int64: which of the positions before the cut this rank holds."""
+        whole = torch.arange(self.length, device=device)
+        return whole.split(split_sizes(self.length, self.comm.size))[self.comm.rank]
 
     def enter(self, x_BSH: Tensor, unit: str, opening: Sequence[ColumnParallelLinear]) -> Tensor:
         """Into a region that the layers `opening` open: f, or the all-gather of the sequence."""
@@ -53,12 +65,14 @@ class TensorAxis:
 
         if self.sequence:
             return conjugate.gather_sequence(x_BSH, self.comm, unit, self.length, behind=anchor_weights)
+        draw_from("part")
         return conjugate.copy_to_region(x_BSH, self.comm, unit, behind=anchor_weights)
 
     def leave(self, x_BSH: Tensor, unit: str) -> Tensor:
         """Out of a region: g, or the reduce-scatter of the sequence."""
         if self.sequence:
             return conjugate.scatter_sequence(x_BSH, self.comm, unit)
+        draw_from("whole")
         return conjugate.reduce_from_region(x_BSH, self.comm, unit)
 
 

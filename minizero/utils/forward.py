@@ -28,17 +28,25 @@ class Forward:
     Attributes:
         seed: of the run. step: optimizer steps before this one.
         inputs_B: what the samples are told apart by: the model's first tensor, before anything was cut.
+        sample_keys_B: int32, a hash of each sample, made by who first needs it.
         positions_L: int64, where this rank's part lies in the whole sequence; None: it is all of it, in order.
+        total: S, where positions_L is given.
         documents_BS: int, equal for positions that may see each other; None: all may.
         length: positions that sequence parallelism cuts.
+        recompute: how checkpointed blocks keep what they keep (`parallel.recompute.Options`).
+        streams: where dropout that is not ours draws from (`parallel.random.RandomStreams`).
     """
 
     seed: int = 0
     step: int = 0
     inputs_B: Tensor | None = None
+    sample_keys_B: Tensor | None = None
     positions_L: Tensor | None = None
+    total: int = 0
     documents_BS: Tensor | None = None
     length: int = 0
+    recompute: Any = None
+    streams: Any = None
 
 
 _RUNNING: ContextVar[Forward | None] = ContextVar("forward", default=None)
@@ -65,10 +73,13 @@ def first_tensor(inputs: Any) -> Tensor | None:
 
 
 class ForwardEntry:
-    """Makes the `Forward` of every call of `model`; `step` is kept up to date by who counts them."""
+    """Makes the `Forward` of every call of `model`, with the attributes that all of them share.
 
-    def __init__(self, model: nn.Module, seed: int) -> None:
-        self.seed, self.step = seed, 0
+    `step` is kept up to date by who counts them.
+    """
+
+    def __init__(self, model: nn.Module, **shared: Any) -> None:
+        self.step, self.shared = 0, shared
         self._tokens: list[Token[Forward | None]] = []
         self.hooks = [
             model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True),
@@ -76,7 +87,13 @@ class ForwardEntry:
         ]
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._tokens.append(_RUNNING.set(Forward(self.seed, self.step, first_tensor((args, kwargs)))))
+        forward = Forward(step=self.step, inputs_B=first_tensor((args, kwargs)), **self.shared)
+        self._tokens.append(_RUNNING.set(forward))
+        if forward.streams is not None:
+            forward.streams.begin()
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        streams = self.shared.get("streams")
+        if streams is not None:
+            streams.end()
         _RUNNING.reset(self._tokens.pop())

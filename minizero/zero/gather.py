@@ -131,6 +131,8 @@ class ParameterGatherer:
                 return
             if not self.backward_active and self._first_order is not None and unit not in self._first_order:
                 self._first_order.append(unit)
+            if self.backward_active and torch.is_grad_enabled():
+                unit.in_backward = True  # a checkpointed block is computed again: its backward follows
             self._make_whole_in_order(unit)
             if unit.has_frozen and torch.is_grad_enabled():
                 self._watch_input_gradients(unit, (args, kwargs))

@@ -1,0 +1,268 @@
+"""Makes a model context parallel: its inputs are cut where they enter, its attention is given the axis.
+
+Every rank of the axis is given the same whole sequences, and keeps its positions of them; what users see is otherwise
+unchanged. A loss given as (sum, count) is that of its own tokens, since the engine adds up both. The mean loss of
+a transformers model is the whole sequence's on every rank. Logits without labels come back whole, in order.
+
+What a model needs:
+- ours say by `context_inputs` which arguments to cut, and have a `CausalAttention` in each layer;
+- a transformers model takes part through transformers' attention registry, `position_ids` and `shift_labels`;
+- any other says `context_inputs` too (labels being the tokens that follow) and attends through one of those two.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from minizero.dist import conjugate
+from minizero.dist.collectives import Communicator
+from minizero.models.layers import IGNORED, CausalAttention, positions_and_documents
+from minizero.parallel.context import ContextAttention, ContextAxis, HeadPlan
+from minizero.utils.forward import running
+
+FOREIGN_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")
+REGISTERED = "minizero_context"  # our name in transformers' attention registry
+NOT_BUILT = ("sliding_window", "softcap", "s_aux", "head_mask")  # of transformers' attention interface
+
+# transformers calls a registered function with the attention module alone; this says on which axis it is.
+AXES: WeakKeyDictionary[nn.Module, tuple[ContextAxis, str]] = WeakKeyDictionary()
+
+
+def apply_context(model: nn.Module, axis: ContextAxis) -> None:
+    """Make `model` context parallel over `axis`, in place.
+
+    Raises ValueError, saying why, for a model that cannot be.
+    """
+    if axis.comm.size == 1:
+        return
+    foreign = foreign_decoders(model)
+    inputs = FOREIGN_INPUTS if is_foreign(model) else getattr(model, "context_inputs", ())
+    if not inputs:
+        raise ValueError(
+            f"parallel.cp = {axis.comm.size}: {type(model).__name__} does not say which of its arguments hold the "
+            "sequence: give its class context_inputs, their names; labels are the tokens that follow"
+        )
+    cores = [(name, module) for name, module in model.named_modules() if isinstance(module, CausalAttention)]
+    if not cores and not foreign:
+        raise ValueError(
+            f"parallel.cp = {axis.comm.size}: {type(model).__name__} has no attention that can span ranks: it needs "
+            "minizero's CausalAttention, or to be a transformers model"
+        )
+    for name, core in cores:
+        refuse_weights_dropout(name, core.dropout.p, axis)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        setattr(parent, name.rpartition(".")[2], ContextAttention(axis, name))
+    for name, decoder in foreign:
+        join_registry(name, decoder, axis)
+    entry = Entry(model, axis, inputs, is_foreign(model))
+    model.register_forward_pre_hook(entry.cut, with_kwargs=True)
+    model.register_forward_hook(entry.join, with_kwargs=True)
+
+
+class Entry:
+    """Cuts what enters the model, and makes whole what leaves it and is not a part by right."""
+
+    def __init__(self, model: nn.Module, axis: ContextAxis, inputs: tuple[str, ...], foreign: bool) -> None:
+        self.axis, self.inputs, self.foreign = axis, inputs, foreign
+        self.signature = inspect.signature(model.forward)
+
+    def cut(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Each input's positions of this rank; raises ValueError for one that cannot be cut."""
+        bound = self.signature.bind_partial(*args, **kwargs).arguments
+        extra = bound.pop(self._rest, {}) if self._rest else {}
+        given = {name: value for name, value in {**bound, **extra}.items() if value is not None}
+        total = self._length(given)
+        forward = running()
+        assert forward is not None
+        positions_L = self.axis.positions(total, self.axis.comm.rank, device_of(given))
+        forward.positions_L, forward.total = positions_L, total
+        forward.documents_BS = documents_of(given)
+        if self.foreign and "labels" in given:
+            given |= shifted(given["labels"])
+        for name in given:
+            if name in (*self.inputs, "shift_labels"):
+                given[name] = given[name].index_select(1, positions_L)
+        given.pop("attention_mask", None)  # it is in the documents
+        return (), given
+
+    @property
+    def _rest(self) -> str:
+        """Name of `**kwargs`, where there are any."""
+        kinds = {p.kind: name for name, p in self.signature.parameters.items()}
+        return kinds.get(inspect.Parameter.VAR_KEYWORD, "")
+
+    def _length(self, given: dict[str, Any]) -> int:
+        size = self.axis.comm.size
+        for name, value in given.items():
+            if (
+                isinstance(value, Tensor)
+                and value.dim() > 0
+                and name not in self.inputs
+                and name != "num_items_in_batch"
+            ):
+                raise ValueError(
+                    f"parallel.cp = {size}: cannot tell how to cut the argument {name!r}; those that hold the "
+                    f"sequence are {', '.join(self.inputs)}"
+                )
+        lengths = {name: given[name].shape[1] for name in self.inputs if name in given and given[name].shape[0] > 0}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"parallel.cp = {size}: the inputs' sequences have lengths {lengths or 'unknown'}")
+        total = next(iter(lengths.values()))
+        if total < size:
+            raise ValueError(f"parallel.cp = {size}: a sequence of {total} tokens is shorter; legal: at least {size}")
+        return total
+
+    def join(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Logits whole and in order where there are no labels; a transformers model's mean loss whole."""
+        if isinstance(output, Tensor) and output.dim() == 3:
+            return self._whole(output)
+        if self.foreign and getattr(output, "loss", None) is not None:
+            output.loss = _SumOfParts.apply(output.loss, self.axis.comm)
+        elif self.foreign and getattr(output, "logits", None) is not None:
+            output.logits = self._whole(output.logits)
+        return output
+
+    def _whole(self, x_BLV: Tensor) -> Tensor:
+        """(B, L, V) of this rank -> (B, S, V) in the sequence's order."""
+        forward, comm = running(), self.axis.comm
+        assert forward is not None
+        held = [self.axis.positions(forward.total, rank, x_BLV.device) for rank in range(comm.size)]
+        laid = conjugate.gather_rows_of_sequence(x_BLV, comm, "logits", [len(of_rank) for of_rank in held])
+        return laid.index_select(1, torch.cat(held).argsort())
+
+
+class _SumOfParts(Function):
+    """A loss of which each rank has computed a part -> the whole loss, on every rank.
+
+    Its adjoint sums the gradients of all ranks' uses; as every rank holds the same loss, that is `size` times its own.
+    The mean over data- and context-parallel ranks then is the gradient of the loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, comm: Communicator) -> Tensor:
+        ctx.size = comm.size
+        return comm.all_reduce(loss, "loss")()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.size, None
+
+
+def device_of(given: dict[str, Any]) -> torch.device:
+    """Of the first tensor."""
+    return next(value.device for value in given.values() if isinstance(value, Tensor))
+
+
+def documents_of(given: dict[str, Any]) -> Tensor | None:
+    """int (B, S): positions that may see each other, from position ids that begin anew and from padding."""
+    mask, ids = given.get("attention_mask"), given.get("position_ids")
+    documents = None
+    if ids is not None:
+        documents = positions_and_documents(ids, ids)[1]
+    if mask is not None:
+        if mask.dim() != 2:
+            raise ValueError(f"parallel.cp: attention_mask has shape {tuple(mask.shape)}; legal: (batch, length)")
+        documents = mask.long() if documents is None else 2 * documents + (mask != 0)
+    return documents
+
+
+def shifted(labels_BS: Tensor) -> dict[str, Tensor]:
+    """transformers' own shift, made before the sequence is cut: labels of the next tokens, and how many count."""
+    next_BS = nn.functional.pad(labels_BS, (0, 1), value=IGNORED)[:, 1:]
+    return {"labels": next_BS, "shift_labels": next_BS, "num_items_in_batch": (next_BS != IGNORED).sum()}
+
+
+# ---- transformers ----
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Whether `module` is a transformers model; without importing transformers."""
+    library = sys.modules.get("transformers")
+    return library is not None and isinstance(module, library.PreTrainedModel)
+
+
+def foreign_decoders(model: nn.Module) -> list[tuple[str, Any]]:
+    """(name, module) of each transformers decoder in `model`, without its head."""
+    return [(n, m) for n, m in model.named_modules() if is_foreign(m) and m.base_model is m]
+
+
+def join_registry(name: str, decoder: Any, axis: ContextAxis) -> None:
+    """Let a transformers decoder attend over the axis. Raises ValueError when it cannot."""
+    library: Any = sys.modules["transformers"]
+    kind = type(decoder).__name__
+    if not getattr(decoder, "_supports_attention_backend", False):
+        raise ValueError(
+            f"parallel.cp = {axis.comm.size}: {kind} does not attend through transformers' attention registry"
+        )
+    config = decoder.config
+    for setting in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
+        refuse_weights_dropout(f"{name}.config.{setting}".lstrip("."), getattr(config, setting, 0.0) or 0.0, axis)
+    library.AttentionInterface.register(REGISTERED, registered_attention)
+    decoder.set_attn_implementation(REGISTERED)
+    for inner, module in decoder.named_modules():
+        AXES[module] = (axis, f"{name}.{inner}".strip("."))
+    decoder.register_forward_pre_hook(supply_positions, with_kwargs=True)
+
+
+def supply_positions(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Position ids of this rank's part of the sequence, where the caller gives none."""
+    forward = running()
+    if forward is None or forward.positions_L is None or kwargs.get("position_ids") is not None:
+        return None
+    return args, {**kwargs, "position_ids": forward.positions_L.unsqueeze(0)}
+
+
+def registered_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: (B, N, L, D) and (B, M, L, D) -> ((B, L, N, D), no weights).
+
+    Raises ValueError for a kind of attention that context parallelism does not have.
+    """
+    axis, name = AXES[module]
+    asked = [feature for feature in NOT_BUILT if kwargs.get(feature) is not None]
+    if attention_mask is not None:
+        asked.append("attention_mask")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        asked.append("attention that is not causal")
+    if dropout:
+        asked.append(f"attention dropout {dropout}")
+    if asked:
+        raise ValueError(f"parallel.cp = {axis.comm.size}: {name} asks for {', '.join(asked)}, which is not available")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return axis.attention(query, key, value, scale, name).transpose(1, 2), None
+
+
+def refuse_weights_dropout(name: str, p: float, axis: ContextAxis) -> None:
+    """Raise ValueError where attention weights are to be dropped: no rank holds them."""
+    if p > 0:
+        raise ValueError(
+            f"parallel.cp = {axis.comm.size}: {name} has attention dropout {p}; {axis.method} attention never holds "
+            "the weights it would drop; legal: 0"
+        )
+
+
+def refuse_few_heads(model: nn.Module, axis: ContextAxis) -> None:
+    """Raise ValueError when Ulysses has more ranks than heads; `model` as one tensor-parallel rank has it."""
+    if axis.method != "ulysses":
+        return
+    for _, module in model.named_modules():
+        head_dim = getattr(module, "head_dim", None)
+        projection: Any = getattr(module, "q_proj", None)
+        if head_dim and projection is not None:
+            HeadPlan.of(projection.weight.shape[0] // head_dim, 1, axis.comm.size)

@@ -1,0 +1,213 @@
+"""Which parts of a model are checkpointed: its blocks, every k-th of them, chosen modules, or as many as memory needs.
+
+A chosen module keeps its name, parameters and hooks; only its `forward` goes through `checkpoint_block`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from minizero.config.schema import RecomputeConfig
+from minizero.models.layers import CausalAttention
+from minizero.parallel.activation_memory import SavedBytes
+from minizero.parallel.context import ContextAttention
+from minizero.parallel.context_model import foreign_decoders
+from minizero.parallel.plan import same_parts
+from minizero.parallel.recompute import Options, PassState, checkpoint_block, current_options
+
+Agree = Callable[[list[int]], list[int]]
+"""Byte counts of this rank -> the largest of all ranks that must decide alike."""
+
+
+def apply_recompute(
+    model: nn.Module, settings: RecomputeConfig, blocks: Sequence[tuple[str, nn.Module]], agree: Agree
+) -> None:
+    """Checkpoint what `settings` choose, in place.
+
+    Args:
+        blocks: (name, module) of the model's repeated blocks, in order.
+        agree: see `Agree`.
+
+    Raises ValueError when there is nothing of the kind in the model.
+    """
+    if settings.mode == "none":
+        return
+    kind = type(model).__name__
+    if settings.mode == "selective":
+        chosen = chosen_modules(model, settings.modules)
+        if not chosen and not (foreign_attention(model) if not settings.modules else False):
+            raise ValueError(
+                f"recompute.mode selective: {kind} has no attention that minizero knows; name modules to compute again "
+                "in recompute.modules"
+            )
+        for module in chosen:
+            checkpoint_forward(module, whole=False)
+        return
+    if not blocks:
+        raise ValueError(
+            f"recompute.mode {settings.mode}: {kind} has no repeated blocks; name modules and use selective"
+        )
+    for _, decoder in foreign_decoders(model):
+        decoder.config.use_cache = False  # a cache would be filled a second time in backward
+    if settings.mode == "full":
+        for _, module in blocks[:: settings.every]:
+            checkpoint_forward(module)
+        return
+    assert settings.budget is not None
+    budget = ByteBudget(settings.budget, len(blocks), agree)
+    for index, (_, module) in enumerate(blocks):
+        checkpoint_forward(module, BudgetedBlock(budget, index))
+
+
+def chosen_modules(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
+    """The modules that `patterns` name, our attention cores when there are none.
+
+    Raises ValueError naming a pattern without a match, or two modules one of which holds the other.
+    """
+    if not patterns:
+        return [m for m in model.modules() if isinstance(m, CausalAttention | ContextAttention)]
+    found: dict[str, nn.Module] = {}
+    for pattern in patterns:
+        matches = {name: module for name, module in model.named_modules() if same_parts(name, pattern)}
+        if not matches:
+            raise ValueError(f"recompute.modules: {pattern!r} matches no module of {type(model).__name__}")
+        found |= matches
+    return [*found.values()]
+
+
+def checkpoint_forward(module: Any, decide: Callable[..., bool] | None = None, *, whole: bool = True) -> None:
+    """Let `module.forward` go through `checkpoint_block`.
+
+    Args:
+        decide: decide(forward, args, kwargs) says when; None: always.
+        whole: the module's inputs are the same on all tensor-parallel ranks.
+    """
+    forward = module.forward
+
+    @wraps(forward)
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or (decide is not None and not decide(forward, args, kwargs)):
+            return forward(*args, **kwargs)
+        return checkpoint_block(forward, *args, options=options_of(whole), **kwargs)
+
+    module.forward = checkpointed
+
+
+def options_of(whole: bool) -> Options:
+    """The engine's; only what all tensor-parallel ranks hold alike may be partitioned over them."""
+    options = current_options()
+    return options if whole else replace(options, partition=False)
+
+
+def foreign_attention(model: nn.Module) -> bool:
+    """Checkpoint the attention of transformers' decoders in `model`, between its projections; False: there are none."""
+    decoders = [decoder for _, decoder in foreign_decoders(model)]
+    for decoder in decoders:
+        library: Any = sys.modules["transformers"]
+        masking: Any = sys.modules["transformers.masking_utils"]
+        known, masks = library.AttentionInterface._global_mapping, library.AttentionMaskInterface._global_mapping
+        plain = decoder.config._attn_implementation
+        modeling = sys.modules[type(decoder).__module__]
+        attention = known.get(plain) or getattr(modeling, "eager_attention_forward", None)
+        if attention is None:
+            raise ValueError(
+                f"recompute.mode selective: attention {plain!r} of {type(decoder).__name__} is not in transformers' "
+                "registry; name modules in recompute.modules"
+            )
+
+        def recomputed(module: nn.Module, *args: Any, attention: Any = attention, **kwargs: Any) -> Any:
+            return checkpoint_block(attention, module, *args, options=options_of(whole=False), **kwargs)
+
+        name = f"minizero_recomputed_{plain}"
+        library.AttentionInterface.register(name, recomputed)
+        if plain in masking.ALL_MASK_ATTENTION_FUNCTIONS:
+            library.AttentionMaskInterface.register(name, masks[plain])
+        decoder.set_attn_implementation(name)
+    return bool(decoders)
+
+
+# ---- as many as memory needs ----
+
+
+@dataclass
+class BlockBytes:
+    """What one block keeps for backward: everything, or its inputs alone."""
+
+    saved: int
+    inputs: int
+
+
+class ByteBudget:
+    """Picks the blocks to compute again, from what the first forward's blocks would keep.
+
+    Backward begins at the last block. If those at the end are kept, they are gone before the first of the others is
+    computed again: so the earlier ones are chosen, as few as will do. The most that is held is then
+
+        max(Σ saved of the kept + Σ inputs of the chosen,  Σ inputs of the chosen + saved of the largest chosen)
+
+    Args:
+        budget: bytes that the blocks of this rank may keep. agree: see `Agree`.
+    """
+
+    def __init__(self, budget: float, num_blocks: int, agree: Agree) -> None:
+        self.budget, self.num_blocks, self.agree = budget, num_blocks, agree
+        self.measured: dict[int, BlockBytes] = {}
+        self.chosen: set[int] | None = None
+
+    def choose(self) -> set[int]:
+        """Raises ValueError when even computing every block again takes more than the budget."""
+        flat = [number for i in range(self.num_blocks) for number in self._of(i)]
+        blocks = [BlockBytes(*pair) for pair in zip(*[iter(self.agree(flat))] * 2, strict=True)]
+        least = None
+        for count in range(self.num_blocks + 1):
+            again, kept = blocks[:count], blocks[count:]
+            inputs = sum(block.inputs for block in again)
+            largest = max((block.saved for block in again), default=0)
+            most = inputs + max(sum(block.saved for block in kept), largest)
+            if most <= self.budget:
+                return set(range(count))
+            least = most if least is None else min(least, most)
+        raise ValueError(
+            f"recompute.budget: {self.budget:,.0f} bytes are less than the {least:,} that {self.num_blocks} blocks "
+            "keep at the least; legal: as much or more, a smaller micro-batch, or more tensor-parallel ranks"
+        )
+
+    def _of(self, index: int) -> tuple[int, int]:
+        block = self.measured.get(index, BlockBytes(0, 0))
+        return block.saved, block.inputs
+
+
+class BudgetedBlock:
+    """Whether block `index` is computed again: always while blocks are measured, then as the budget chose."""
+
+    def __init__(self, budget: ByteBudget, index: int) -> None:
+        self.budget, self.index = budget, index
+
+    def __call__(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+        budget = self.budget
+        if budget.chosen is None and self.index in budget.measured:  # the second forward begins
+            budget.chosen = budget.choose()
+        if budget.chosen is None:
+            budget.measured[self.index] = measure(forward, args, kwargs)
+            return True
+        return self.index in budget.chosen
+
+
+def measure(forward: Callable[..., Any], args: Any, kwargs: Any) -> BlockBytes:
+    """Run a block once more for its saved bytes; random state is as if it had not run."""
+    owner: Any = forward
+    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    cut = tree_map(lambda leaf: leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf,
+                   (args, kwargs))  # fmt: skip
+    with PassState.now(inputs).restored(), SavedBytes(without=owner.__self__.parameters()) as saved:
+        forward(*cut[0], **cut[1])
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in inputs if t.requires_grad}
+    return BlockBytes(saved.total, sum(storages.values()))

@@ -1,0 +1,139 @@
+"""Dropout drops the same elements in every layout, and is a dropout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_distributed
+from test_tensor_parallel import BATCH, LENGTH, VOCAB, batches, randomized
+from torch import nn
+from training import relative_error
+
+import minizero
+from minizero.config.schema import ModelConfig
+from minizero.models import build
+from minizero.models.dropout import Dropout, hash_samples, number_dropouts
+from minizero.utils.forward import Forward, forward_of
+
+
+def given(step: int = 0, seed: int = 0, samples: int = 64) -> Forward:
+    return Forward(seed=seed, step=step, inputs_B=torch.arange(samples)[:, None] + torch.zeros(1, 5).long())
+
+
+def masks(p: float = 0.3, **of: int) -> torch.Tensor:
+    layer = Dropout(p)
+    layer.number = of.pop("number", 7)
+    with forward_of(given(**of)):
+        return layer(torch.ones(64, 50, 40)) == 0
+
+
+def test_the_rate_is_p_along_every_dim():
+    dropped = masks().double()
+    assert abs(float(dropped.mean()) - 0.3) < 0.005
+    for dim in range(3):
+        others = [d for d in range(3) if d != dim]
+        means = dropped.mean(dim=others)
+        spread = (0.3 * 0.7 / (dropped.numel() / dropped.shape[dim])) ** 0.5
+        assert float((means - 0.3).abs().max()) < 5 * spread
+
+
+def test_elements_samples_steps_seeds_and_modules_are_independent():
+    first = masks().double() - 0.3
+    others = [masks(step=1), masks(seed=1), masks(number=8)]
+    shifted = [first.roll(1, dims=dim) for dim in range(3)] + [first.roll((1, 1), dims=(1, 2))]
+    for other in [*(mask.double() - 0.3 for mask in others), *shifted]:
+        correlation = float((first * other).mean()) / 0.21
+        assert abs(correlation) < 5 / first.numel() ** 0.5
+
+
+def test_the_mask_is_a_function_of_the_sample_not_of_its_place():
+    layer, x = Dropout(0.5), torch.ones(4, 6, 8)
+    tokens = torch.arange(20).view(4, 5)
+    with forward_of(Forward(inputs_B=tokens)):
+        straight = layer(x)
+    with forward_of(Forward(inputs_B=tokens.flip(0))):
+        turned = layer(x)
+    assert torch.equal(straight, turned.flip(0)) and not torch.equal(straight, turned)
+
+
+def test_gradients_pass_where_values_do():
+    layer, x = Dropout(0.4), torch.randn(3, 5, 7, dtype=torch.float64, requires_grad=True)
+    with forward_of(Forward(inputs_B=torch.arange(3))):
+        y = layer(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, (y != 0).double() / 0.6)
+    assert layer.eval()(x) is x and Dropout(0.0)(x) is x
+
+
+def test_inputs_of_any_dtype_tell_samples_apart():
+    for dtype in (torch.int64, torch.int32, torch.float32, torch.bfloat16, torch.float64):
+        keys = hash_samples(torch.arange(12).view(4, 3).to(dtype))
+        assert keys.dtype == torch.int32 and len(set(keys.tolist())) == 4
+    assert hash_samples(torch.tensor([[1, 2], [2, 1]])).unique().numel() == 2
+
+
+def test_a_batch_that_is_not_on_the_first_dim_is_refused():
+    with forward_of(Forward(inputs_B=torch.arange(3))), pytest.raises(ValueError, match="length 6, but .* 3 samples"):
+        Dropout(0.5)(torch.ones(6, 2, 2))
+    with pytest.raises(ValueError, match=r"got a tensor of shape \(6, 2\)"):
+        Dropout(0.5)(torch.ones(6, 2))
+
+
+def test_outside_an_engine_it_draws_from_torchs_generator():
+    layer, x = Dropout(0.5), torch.ones(4, 6, 8)
+    torch.manual_seed(0)
+    first, second = layer(x), layer(x)
+    torch.manual_seed(0)
+    assert torch.equal(first, layer(x)) and not torch.equal(first, second)
+
+
+def test_names_number_the_modules():
+    model = nn.ModuleDict({"a": Dropout(0.1), "b": Dropout(0.1)})
+    number_dropouts(model)
+    assert model["a"].number != model["b"].number != 0
+
+
+def train(attention_dropout: float, steps: int, stage: int, accumulation: int, parallel: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        family="gpt2", hidden_size=24, num_layers=2, num_heads=4, intermediate_size=37, dropout=0.2,
+        attention_dropout=attention_dropout, attention="eager",
+    )  # fmt: skip
+    model = randomized(build(config, VOCAB, LENGTH)).double()
+    dp = dist.get_world_size() // parallel.get("tp", 1) // parallel.get("cp", 1)
+    settings = minizero.Config(
+        parallel=parallel,
+        zero={"stage": stage},
+        train={"micro_batch_size": BATCH // dp // accumulation, "gradient_accumulation_steps": accumulation},
+        optimizer={"lr": 3e-3},
+        dist={"timeout": 20.0},
+    )
+    engine, *_ = minizero.initialize(model=model, config=settings)
+    losses, norms = [], []
+    for batch in batches(steps):
+        parts = {k: v.view(accumulation, engine.dp_size, -1, LENGTH)[:, engine.dp_rank] for k, v in batch.items()}
+        micro = [{key: part[index] for key, part in parts.items()} for index in range(accumulation)]
+        losses.append(float(engine.train_batch(iter(micro))))
+        norms.append(engine.get_global_grad_norm())
+    return losses, norms
+
+
+@pytest.mark.parametrize(
+    ("world", "stage", "accumulation", "attention_dropout", "parallel"),
+    (
+        (2, 2, 2, 0.3, {}),
+        (2, 0, 1, 0.3, {"tp": 2}),
+        (4, 3, 1, 0.3, {"tp": 2, "sequence": True}),
+        (4, 1, 1, 0.3, {"tp": 4}),
+        (2, 0, 1, 0.0, {"cp": 2}),
+        (8, 3, 1, 0.0, {"cp": 2, "tp": 2, "sequence": True, "context": "ulysses"}),
+    ),
+)
+def test_training_with_dropout_is_the_same_in_every_layout(world, stage, accumulation, attention_dropout, parallel):
+    losses, norms = run_distributed(train, 1, attention_dropout, 3, 0, 1, {})[0]
+    for found, found_norms in run_distributed(train, world, attention_dropout, 3, stage, accumulation, parallel):
+        assert relative_error(found, losses) < 1e-10
+        assert relative_error(found_norms, norms) < 1e-10

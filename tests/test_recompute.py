@@ -1,0 +1,370 @@
+"""Checkpointed blocks: the same bits as without, less kept, and a clear word when a block cannot be computed again."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from harness import DistributedError, run_distributed
+from test_tensor_parallel import BATCH, LENGTH, VOCAB, batches, make, train_plainly
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+from training import relative_error
+
+import minizero
+from minizero.parallel.activation_memory import SavedBytes
+from minizero.parallel.recompute import Options, RecomputeError, checkpoint_block
+from minizero.parallel.recompute_model import BlockBytes, ByteBudget
+
+# ---- one block ----
+
+
+class Block(nn.Module):
+    """Keyword and nested arguments, several outputs, torch's dropout, a buffer, a frozen parameter."""
+
+    def __init__(self, width: int = 7) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 15), nn.Linear(15, width)
+        self.norm = nn.LayerNorm(width)
+        self.norm.bias.requires_grad_(False)
+        self.drop = nn.Dropout(0.4)
+
+    def forward(self, x: Tensor, *, scales: dict[str, Any], label: str = "") -> dict[str, Any]:
+        hidden = self.drop(F.gelu(self.up(self.norm(x)))) * scales["inner"][0]
+        return {"x": x + self.down(hidden), "aux": hidden.square().mean(), "index": hidden.argmax(-1), "label": label}
+
+
+def loss_of_block(run: Any, block: Block, x: Tensor, scale: Tensor) -> Tensor:
+    torch.manual_seed(5)
+    out = run(block, x, scales={"inner": [scale, None, 3]}, label="kept")
+    assert out["label"] == "kept" and not out["index"].requires_grad
+    return out["x"].square().sum() + 0.3 * out["aux"]
+
+
+def plainly(function: Any, *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def gradients(run: Any, around: int = 1) -> list[Tensor]:
+    torch.manual_seed(0)
+    block, x, scale = Block(), torch.randn(3, 5, 7, requires_grad=True), torch.tensor(1.5, requires_grad=True)
+    loss = loss_of_block(run, block, x, scale)
+    loss.backward()
+    after = torch.rand(1)  # the generator ends where it ends without checkpointing
+    return [loss.detach(), x.grad, scale.grad, after, *(p.grad for p in block.parameters() if p.requires_grad)]
+
+
+def nested(function: Any, *args: Any, **kwargs: Any) -> Any:
+    return checkpoint_block(lambda *a, **k: checkpoint_block(function, *a, **k), *args, **kwargs)
+
+
+def by_torch(function: Any, *args: Any, **kwargs: Any) -> Any:
+    return torch_checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+
+@pytest.mark.parametrize("run", (checkpoint_block, nested))
+def test_a_block_is_bitwise_what_it_is_without(run):
+    found = gradients(run)
+    for reference in (gradients(plainly), gradients(by_torch)):
+        assert len(found) == len(reference)
+        assert all(torch.equal(a, b) for a, b in zip(found, reference, strict=True))
+
+
+def test_closures_bring_their_tensors_along():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(7, 7), torch.randn(3, 7)
+    outside = torch.randn(7, requires_grad=True)
+    middle = outside * 2  # not a leaf
+
+    def results(run: Any) -> list[Tensor]:
+        outside.grad, layer.weight.grad = None, None
+        run(lambda value: layer(value).tanh() * middle, x).sum().backward(retain_graph=True)
+        return [outside.grad, layer.weight.grad]
+
+    assert all(torch.equal(a, b) for a, b in zip(results(checkpoint_block), results(plainly), strict=True))
+
+
+def test_a_module_that_uses_anothers_parameter():
+    class Borrower(nn.Module):
+        def __init__(self, lender: nn.Linear) -> None:
+            super().__init__()
+            self.lenders = [lender]  # hidden from `parameters()`
+            self.own = nn.Linear(7, 7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.own(x) @ self.lenders[0].weight
+
+    lender = nn.Linear(7, 7)
+    borrower, x = Borrower(lender), torch.randn(2, 7)
+    for _ in range(2):  # the second call is told what the first found
+        lender.zero_grad()
+        checkpoint_block(borrower, x).sum().backward()
+        found = lender.weight.grad
+        lender.zero_grad()
+        borrower(x).sum().backward()
+        assert torch.equal(found, lender.weight.grad)
+
+
+def test_nothing_to_compute_is_just_a_call():
+    x, frozen = torch.randn(2, 3), nn.Linear(3, 3).requires_grad_(False)
+    assert not checkpoint_block(frozen, x).requires_grad
+    with torch.no_grad():
+        assert not checkpoint_block(nn.Linear(3, 3), x).requires_grad
+
+
+def test_two_backward_passes_and_an_output_that_is_an_input():
+    layer, x = nn.Linear(3, 3), torch.randn(2, 3, requires_grad=True)
+    same, y = checkpoint_block(lambda value: (value, layer(value)), x)
+    (same.sum() + y.sum()).backward(retain_graph=True)
+    once = x.grad.clone()
+    (same.sum() + y.sum()).backward()
+    assert torch.equal(x.grad, 2 * once) and torch.equal(once, 1 + layer.weight.sum(0).expand(2, 3))
+
+
+def test_autocast_is_given_back():
+    layer, x = nn.Linear(16, 16), torch.randn(4, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = checkpoint_block(layer, x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()  # a second pass in fp32 would be refused
+    assert layer.weight.grad is not None
+
+
+# ---- blocks that cannot be computed again ----
+
+
+def test_an_argument_changed_in_place_is_refused():
+    with pytest.raises(ValueError, match="changes its argument 0 in place"):
+        checkpoint_block(lambda x: x.add_(1), torch.randn(3) * torch.ones(3, requires_grad=True))
+
+
+def test_a_tensor_changed_before_backward_is_an_error():
+    x = torch.randn(3)
+    y = checkpoint_block(nn.Linear(3, 3), x)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_another_shape_in_the_second_pass_is_named():
+    calls: list[int] = []
+
+    def unsteady(x: Tensor) -> Tensor:
+        calls.append(1)
+        return x[: len(calls)] * 2
+
+    y = checkpoint_block(unsteady, torch.randn(3, 2, requires_grad=True))
+    with pytest.raises(RecomputeError, match=r"unsteady .* gave \(2, 2\) float32, the first time \(1, 2\) float32"):
+        y.sum().backward()
+
+
+def test_other_values_in_the_second_pass_are_found_in_debug_mode():
+    factor = [2.0]
+    x = torch.ones(3, requires_grad=True)
+    for options in (Options(), Options(check=True)):
+        factor[0] = 2.0
+        y = checkpoint_block(lambda value: value * factor[0], x, options=options)
+        factor[0] = 2.5
+        if not options.check:
+            y.sum().backward()
+            continue
+        with pytest.raises(RecomputeError, match="output 0 differs, by up to 0.5"):
+            y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("draw", "source"),
+    (
+        (lambda: random.random(), "Python's random"),
+        (lambda: float(np.random.rand()), "numpy.random"),
+        (lambda: float(torch.rand(1, generator=torch.Generator().manual_seed(1))), "a torch.Generator of its own"),
+    ),
+)
+def test_untracked_random_numbers_are_found_in_debug_mode(draw, source):
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(ValueError, match=f"draws random numbers from {source}"):
+        checkpoint_block(lambda value: value * draw(), x, options=Options(check=True))
+    checkpoint_block(lambda value: value * torch.rand(3), x, options=Options(check=True)).sum().backward()
+
+
+# ---- a budget ----
+
+
+@pytest.mark.parametrize(
+    ("budget", "chosen"), ((400, set()), (399, {0}), (330, {0}), (310, {0}), (229, {0, 1}), (130, {0, 1, 2}))
+)
+def test_a_budget_picks_the_fewest_blocks_that_will_do(budget, chosen):
+    found = ByteBudget(budget, 4, lambda numbers: numbers)
+    found.measured = {index: BlockBytes(100, 10) for index in range(4)}
+    assert found.choose() == chosen
+
+
+def test_a_budget_below_what_is_possible_names_the_least():
+    found = ByteBudget(100, 4, lambda numbers: numbers)
+    found.measured = {index: BlockBytes(100, 10) for index in range(4)}
+    with pytest.raises(ValueError, match="100 bytes are less than the 130 that 4 blocks keep"):
+        found.choose()
+
+
+# ---- training ----
+
+MODES: dict[str, dict[str, Any]] = {
+    "full": {"mode": "full"},
+    "every second": {"mode": "full", "every": 2},
+    "selective": {"mode": "selective"},
+    "chosen": {"mode": "selective", "modules": ["*.layers.*.mlp", "*.layers.*.self_attn"]},
+    "budget": {"mode": "budget", "budget": 70_000.0},
+    "partitioned": {"mode": "full", "partition_activations": True},
+    "on the host": {"mode": "full", "cpu_checkpointing": True},
+}
+
+
+def train(
+    name: str, mode: str, steps: int, stage: int, accumulation: int, parallel: dict[str, Any], check: bool = False
+) -> Any:
+    model = make(name).double()
+    dp = dist.get_world_size() // parallel.get("tp", 1) // parallel.get("cp", 1)
+    config = minizero.Config(
+        parallel=parallel,
+        recompute=MODES.get(mode, {}),
+        zero={"stage": stage},
+        train={
+            "micro_batch_size": BATCH // dp // accumulation,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": 0.5,
+        },
+        optimizer={"lr": 3e-3, "weight_decay": 0.1},
+        debug={"recompute": check},
+        dist={"timeout": 20.0},
+    )
+    engine, *_ = minizero.initialize(model=model, config=config)
+    losses, norms = [], []
+    for batch in batches(steps):
+        parts = {k: v.view(accumulation, engine.dp_size, -1, LENGTH)[:, engine.dp_rank] for k, v in batch.items()}
+        micro = [{key: part[index] for key, part in parts.items()} for index in range(accumulation)]
+        losses.append(float(engine.train_batch(iter(micro))))
+        norms.append(engine.get_global_grad_norm())
+    return losses, norms
+
+
+@pytest.mark.parametrize(
+    ("world", "stage", "accumulation", "parallel"),
+    (
+        (2, 0, 2, {}),
+        (2, 3, 2, {}),
+        (4, 3, 1, {"tp": 2}),
+        (4, 2, 1, {"tp": 2, "sequence": True}),
+        (4, 3, 1, {"cp": 2}),
+        (8, 3, 1, {"cp": 2, "tp": 2, "sequence": True, "context": "ulysses"}),
+    ),
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_training_is_that_of_one_process(mode, world, stage, accumulation, parallel):
+    losses, norms = train_plainly("llama", 3, torch.float64)
+    for found, found_norms in run_distributed(train, world, "llama", mode, 3, stage, accumulation, parallel, True):
+        assert relative_error(found, losses) < 1e-10
+        assert relative_error(found_norms, norms) < 1e-10
+
+
+@pytest.mark.parametrize("name", ("hf_llama", "hf_gpt2"))
+@pytest.mark.parametrize("mode", ("full", "selective"))
+def test_transformers_models_too(name, mode):
+    bound = 1e-10 if name == "hf_gpt2" else 2e-6
+    losses, norms = train_plainly(name, 3, torch.float64)
+    for found, found_norms in run_distributed(train, 2, name, mode, 3, 3, 1, {}):
+        assert relative_error(found, losses) < bound
+        assert relative_error(found_norms, norms) < bound
+
+
+# ---- what is kept ----
+
+
+def kept(mode: str) -> int:
+    model = make("llama")
+    config = minizero.Config(recompute=MODES.get(mode, {}), train={"micro_batch_size": BATCH})
+    engine, *_ = minizero.initialize(model=model, config=config)
+    with SavedBytes(without=model.parameters()) as saved:
+        engine(**batches(1)[0])
+    return saved.total
+
+
+def test_more_recompute_keeps_less():
+    none, selective, half, full = (
+        run_distributed(kept, 1, mode)[0] for mode in ("", "selective", "every second", "full")
+    )
+    assert full < half < selective < none
+
+
+# ---- DeepSpeed's names ----
+
+
+def by_deepspeeds_names(partition: bool) -> list[Tensor]:
+    import minizero as deepspeed
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.blocks = nn.Embedding(VOCAB, 24), nn.ModuleList(nn.Linear(24, 24) for _ in range(3))
+
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+            x = self.embed(input_ids)
+            for block in self.blocks:
+                x = deepspeed.checkpointing.checkpoint(block, x).tanh()
+            return F.cross_entropy((x @ self.embed.weight.t()).flatten(0, 1), labels.flatten())
+
+    torch.manual_seed(0)
+    deepspeed.checkpointing.configure(None, partition_activations=partition)
+    assert deepspeed.checkpointing.is_configured()
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 3},
+        "activation_checkpointing": {"partition_activations": True},
+    }
+    engine, *_ = deepspeed.initialize(model=Model().double(), config=config)
+    found = []
+    for batch in batches(3):
+        loss = engine(batch["input_ids"][:2], batch["labels"][:2])
+        engine.backward(loss)
+        engine.step()
+        found.append(loss.detach())
+    deepspeed.checkpointing.reset()
+    assert not deepspeed.checkpointing.is_configured()
+    return found
+
+
+def test_deepspeeds_checkpointing_under_its_own_names():
+    results = run_distributed(by_deepspeeds_names, 2, True)
+    assert torch.stack(results[0]).isfinite().all() and results[0][2] < results[0][0]
+
+
+# ---- bad input ----
+
+
+def misuse(kind: str) -> None:
+    model, recompute = make("llama"), {"mode": "full"}
+    if kind == "pattern":
+        recompute = {"mode": "selective", "modules": ["model.layers.*.ffn"]}
+    elif kind == "no blocks":
+        model = nn.Sequential(nn.Linear(3, 3))
+    elif kind == "no attention":
+        model, recompute = nn.Sequential(nn.Linear(3, 3)), {"mode": "selective"}
+    minizero.initialize(model=model, config=minizero.Config(recompute=recompute, train={"micro_batch_size": 1}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    (
+        ("pattern", r"recompute.modules: 'model.layers.\*.ffn' matches no module of Llama"),
+        ("no blocks", r"recompute.mode full: Sequential has no repeated blocks"),
+        ("no attention", r"recompute.mode selective: Sequential has no attention that minizero knows"),
+    ),
+)
+def test_bad_input_is_one_clear_error_on_every_rank(kind, message):
+    with pytest.raises(DistributedError, match=message) as caught:
+        run_distributed(misuse, 2, kind, timeout=20)
+    assert len(caught.value.failures) == 2
