@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map
 from minizero.checkpoint.load import load_state
 from minizero.checkpoint.save import save_state
 from minizero.checkpoint.state import TrainingState, everyone
-from minizero.checkpoint.weights import save_weights
+from minizero.checkpoint.weights import load_weights, save_weights
 from minizero.config import Config
 from minizero.config.batch import BatchSizes
 from minizero.config.deepspeed import to_deepspeed
@@ -466,6 +466,24 @@ class Engine:
             path = Path(save_dir) / Path(save_filename).with_suffix(".safetensors")
             everyone(self.world, self.device, lambda: save_weights(self.runtime, self.module, path))
         return True
+
+    def load_weights(self, path: str | Path) -> None:
+        """Fill the model from `path`, in HuggingFace's layout and under the model's own parameter names; collective.
+
+        `path` is a `.safetensors` file, or a folder with `model.safetensors` or `model.safetensors.index.json` and the
+        files that it names. Each rank reads the slices that it keeps, whatever the degrees and the ZeRO stage, so the
+        model may have been built on the meta device. Values are cast. Optimizer state, schedule and counters stay as
+        they are. Raises `CheckpointError` on every rank, naming the file and what does not fit, before it changes
+        anything.
+        """
+        if self._window.micro_batches:
+            raise RuntimeError("load_weights() in the middle of an accumulation window; call it after step()")
+        if self.runtime.gatherer is not None and self.runtime.gatherer.suspended:
+            raise RuntimeError(
+                "load_weights() inside unsharded(): the whole parameters there would keep the old values"
+            )
+        with self.ledger.phase("checkpoint"):
+            load_weights(self.runtime, self.module, Path(path), self.world)
 
     def destroy(self) -> None:
         """Take our hooks off the model, drop gradients, close log files.

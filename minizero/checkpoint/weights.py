@@ -1,14 +1,34 @@
-"""Whole weights in one safetensors file, for inference and for other frameworks."""
+"""Weights in safetensors, under the model's own names: what other frameworks read and write.
+
+Written whole by one rank. Read slice by slice: each rank takes of every parameter only what its own part needs, so a
+model that was built on the meta device is filled without any rank ever holding a parameter that is cut.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
+from minizero.checkpoint.files import SAFE_NAME, CheckpointError
+from minizero.checkpoint.state import everyone
+from minizero.dist.collectives import Communicator
+from minizero.dist.sharding import TensorShard
 from minizero.zero.runtime import ZeroRuntime
+
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # HuggingFace's: name -> file
+SHOWN = 3  # names in an error message
+
+
+# ---- writing ----
 
 
 def save_weights(runtime: ZeroRuntime, module: nn.Module, path: Path) -> None:
@@ -23,14 +43,190 @@ def save_weights(runtime: ZeroRuntime, module: nn.Module, path: Path) -> None:
             tensors[name] = value.to("cpu", copy=True).contiguous()
     if not writes:
         return
-    persistent = {
-        f"{prefix}.{name}".lstrip(".")
-        for prefix, owner in module.named_modules()
-        for name in owner._buffers
-        if name not in owner._non_persistent_buffers_set
-    }
+    persistent = persistent_buffers(module)
     tensors.update({name: b.detach().cpu().contiguous() for name, b in module.named_buffers() if name in persistent})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(path)
+
+
+def persistent_buffers(module: nn.Module) -> set[str]:
+    """Names of the buffers that belong to a model's state."""
+    return {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, owner in module.named_modules()
+        for name in owner._buffers
+        if name not in owner._non_persistent_buffers_set
+    }
+
+
+# ---- reading ----
+
+
+class WeightFiles:
+    """Tensors by name in a safetensors file, or in a folder with `model.safetensors` or HuggingFace's index of several.
+
+    Attributes:
+        path: what the user named. shapes: of every tensor.
+
+    Raises CheckpointError naming the file that is missing, damaged, or without a tensor that the index has in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._holders: dict[str, Any] = {}
+        for file, names in files_behind(path).items():
+            try:
+                holder: Any = safe_open(file, framework="pt")
+                held = set(holder.keys())
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
+            if absent := sorted(set(names or held) - held):
+                raise CheckpointError(f"{file} lacks {shown(absent)}, which {path / INDEX} has in it")
+            for name in names or held:
+                self.shapes[name] = tuple(holder.get_slice(name).get_shape())
+                self._holders[name] = holder
+
+    def read(self, name: str, box: Sequence[tuple[int, int]]) -> Tensor:
+        """The elements of tensor `name` in `box`, [start, stop) per dim, in the file's dtype. May be a view of it."""
+        holder = self._holders[name]
+        if not box:
+            return holder.get_tensor(name)
+        return holder.get_slice(name)[tuple(slice(start, stop) for start, stop in box)]
+
+    def read_part(self, name: str, shard: TensorShard, start: int, stop: int) -> Tensor:
+        """[stop - start] elements [start, stop) of a rank's part of tensor `name`, flattened.
+
+        Only the rows that hold them are read, and of those what is the rank's.
+        """
+        shape = shard.local_shape
+        if not shape:
+            return self.read(name, ()).reshape(1)
+        row = prod(shape[1:])
+        first, last = start // row, -(-stop // row)
+        boxes = list(boxes_of_rows(shard, first, last))
+        rows = [self.read(name, box) for box in boxes]
+        laid = rows[0] if len(rows) == 1 else torch.cat(rows, dim=shard.dim)
+        return laid.reshape(-1)[start - first * row : stop - first * row]
+
+
+def boxes_of_rows(shard: TensorShard, first: int, last: int) -> Iterator[list[tuple[int, int]]]:
+    """Where in the whole tensor the rows [first, last) of a rank's part lie, piece by piece along the cut dim."""
+    whole = [(0, size) for size in shard.shape]
+    if shard.dim < 0:
+        yield [(first, last), *whole[1:]]
+        return
+    if shard.dim > 0:
+        for columns in shard.ranges[shard.rank]:
+            yield [(first, last), *whole[1 : shard.dim], columns, *whole[shard.dim + 1 :]]
+        return
+    reached = 0  # rows of the part before this range
+    for begin, end in shard.ranges[shard.rank]:
+        low, high = max(first - reached, 0), min(last - reached, end - begin)
+        if low < high:
+            yield [(begin + low, begin + high), *whole[1:]]
+        reached += end - begin
+
+
+def files_behind(path: Path) -> dict[Path, list[str]]:
+    """The safetensors files of `path`, and the names to look for in each; no names: all that it holds."""
+    if path.is_file() and path.suffix == ".safetensors":
+        return {path: []}
+    if (path / WHOLE).is_file():  # before the index, as transformers has it
+        return {path / WHOLE: []}
+    index = path / INDEX
+    if not index.is_file():
+        raise CheckpointError(f"{path} is neither a .safetensors file nor a folder with {WHOLE} or {INDEX}")
+    try:
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} is damaged: {type(error).__name__}: {error}") from error
+    files: dict[Path, list[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not SAFE_NAME.fullmatch(file):
+            raise CheckpointError(f"{index}: file name {file!r} is not a plain name")
+        files.setdefault(path / file, []).append(name)
+    return files
+
+
+def load_weights(runtime: ZeroRuntime, module: nn.Module, path: Path, world: Communicator) -> None:
+    """Fill parameters, masters and persistent buffers of `module` from `path` (see `WeightFiles`); collective.
+
+    Values are cast. Of tied parameters any name may be there. Raises CheckpointError on every rank, with nothing
+    changed, when a name is missing or unknown or has another shape, or tied parameters differ.
+    """
+    names = tied_names(module)
+    everyone(world, runtime.device, lambda: check_weights(WeightFiles(path), runtime, module, names))
+    runtime.unwind()
+    runtime.comm.settle()  # peers may still read the shards that change now
+    everyone(world, runtime.device, lambda: fill(WeightFiles(path), runtime, module, names))
+
+
+def tied_names(module: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Every name of every parameter."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names
+
+
+def shard_of(runtime: ZeroRuntime, parameter: nn.Parameter) -> TensorShard:
+    """What tensor parallelism leaves to this rank of `parameter`."""
+    if runtime.tensor is not None:
+        return runtime.tensor.shard(parameter)
+    return TensorShard(tuple(parameter.shape), -1, ((),), 0)
+
+
+def check_weights(
+    files: WeightFiles, runtime: ZeroRuntime, module: nn.Module, names: dict[nn.Parameter, list[str]]
+) -> None:
+    """Raise CheckpointError unless the files hold exactly the model's state, in its shapes."""
+    buffers = {name: tuple(buffer.shape) for name, buffer in module.named_buffers()}
+    wanted = {name: shard_of(runtime, parameter).shape for parameter, found in names.items() for name in found}
+    missing = [" or ".join(found) for found in names.values() if not files.shapes.keys() & set(found)]
+    missing += sorted(persistent_buffers(module) & buffers.keys() - files.shapes.keys())
+    unknown = sorted(files.shapes.keys() - wanted.keys() - buffers.keys())
+    wanted |= {name: buffers[name] for name in persistent_buffers(module) if name in buffers}
+    problems = []
+    if missing:
+        problems.append(f"lacks {shown(missing)}")
+    if unknown:
+        problems.append(f"has {shown(unknown)}, which {type(module).__name__} does not have")
+    for name in sorted(wanted.keys() & files.shapes.keys()):
+        if files.shapes[name] != wanted[name]:
+            problems.append(f"has {name} of shape {files.shapes[name]}, {type(module).__name__}'s has {wanted[name]}")
+    if problems:
+        raise CheckpointError(f"{files.path} {'; it '.join(problems[:SHOWN])}")
+    for parameter, found in names.items():
+        held = [name for name in found if name in files.shapes]
+        for name in held[1:]:
+            check_equal(files, held[0], name, shard_of(runtime, parameter))
+
+
+def check_equal(files: WeightFiles, first: str, second: str, shard: TensorShard) -> None:
+    """Raise CheckpointError when two names that are one parameter here have different values."""
+    size = prod(shard.local_shape)
+    if size and not torch.equal(*(files.read_part(name, shard, 0, size) for name in (first, second))):
+        raise CheckpointError(f"{files.path} has different values in {first} and {second}, which are tied here")
+
+
+@torch.no_grad()
+def fill(files: WeightFiles, runtime: ZeroRuntime, module: nn.Module, names: dict[nn.Parameter, list[str]]) -> None:
+    """Put what this rank keeps in its place, one range of one parameter in memory at a time."""
+    for parameter, (_, group, index) in runtime.locate().items():
+        name = next(name for name in names[parameter] if name in files.shapes)
+        shard = shard_of(runtime, parameter)
+        for start, stop in group.needed(index):
+            if start < stop:
+                group.load_range(index, start, files.read_part(name, shard, start, stop))
+    persistent = persistent_buffers(module)
+    for name, buffer in module.named_buffers():
+        if name in persistent:
+            buffer.copy_(files.read(name, [(0, size) for size in buffer.shape]))
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first few names."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

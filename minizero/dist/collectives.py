@@ -261,22 +261,28 @@ class Communicator:
             self._swap(work, {peer: mine for peer in self._peers()}, parts, unit)
         return torch.cat(parts, dim=dim)
 
-    def reduce_parts(self, whole: Tensor, sizes: Sequence[int], dim: int, unit: str) -> Tensor:
-        """whole[.. D ..] {partial over axis} -> part[.. D_axis ..]: this rank's part of the sum, in rank order."""
+    def reduce_parts(self, whole: Tensor, sizes: Sequence[int], dim: int, unit: str) -> Callable[[], Tensor]:
+        """whole[.. D ..] {partial over axis} -> part[.. D_axis ..]: this rank's part of the sum, in rank order.
+
+        Call what is returned to wait for it.
+        """
         work = self._begin("reduce_scatter", unit, whole, whole.numel(), whole.dtype, 0)
         pieces = [piece.contiguous() for piece in whole.split(list(sizes), dim=dim)]
         if self.size == 1:
-            return pieces[0]
+            return lambda: pieces[0]
         self.ledger.add_wire(self.axis, "reduce_scatter", unit, whole.nbytes - pieces[self.rank].nbytes)
         mine = pieces[self.rank]
         if self.transport is None:
             out = torch.empty_like(mine)
             work.requests = [dist.reduce_scatter(out, pieces, group=self.group, async_op=True)]
-            work.wait()
-            return out
+
+            def native() -> Tensor:
+                work.wait()
+                return out
+
+            return native
         parts = [mine if rank == self.rank else torch.empty_like(mine) for rank in range(self.size)]
-        self._swap(work, {peer: pieces[peer] for peer in self._peers()}, parts, unit)
-        return sum_in_order(parts)
+        return self._start_swap(work, {peer: pieces[peer] for peer in self._peers()}, parts, unit, sum_in_order)
 
     def all_reduce(self, tensor: Tensor, unit: str) -> Callable[[], Tensor]:
         """tensor {partial over axis} -> the sum over ranks, in rank order, a new tensor: call what is returned for it.

@@ -11,6 +11,9 @@ The names are Megatron-LM's (Shoeybi et al., arXiv 1909.08053; Korthikanti et al
           join_sequence       all-gather       own part         where it is whole again
           gather_features     all-gather       own part         the same for the last dim
 
+Into a region, backward starts its sum and a second node, made before it, waits: nodes that were made between the two
+(`behind`) run in backward while the sum is on its way.
+
 A parameter used on a part of the sequence gets a part of its gradient: those are summed over the axis before the step.
 
 Shape suffixes: B batch, S sequence, H hidden; dim 1 is the sequence.
@@ -18,10 +21,13 @@ Shape suffixes: B batch, S sequence, H hidden; dim 1 is the sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from minizero.dist.collectives import Communicator
 from minizero.dist.sharding import split_sizes
@@ -29,15 +35,41 @@ from minizero.dist.sharding import split_sizes
 SEQUENCE_DIM = 1
 
 
-class _CopyToRegion(Function):
+@dataclass
+class Promise:
+    """A gradient on its way, from the node that starts its sum to the one that waits for it."""
+
+    wait: Callable[[], Tensor] | None = None
+
+
+class _Await(Function):
+    """x as it is; backward waits for what its `promise` was given. Its own incoming gradient is empty."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Communicator, unit: str) -> Tensor:
-        ctx.comm, ctx.unit = comm, unit
+    def forward(ctx: Any, x: Tensor, promise: Promise) -> Tensor:
+        ctx.promise = promise
+        ctx.set_materialize_grads(False)
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        return ctx.comm.all_reduce(grads[0], ctx.unit)(), None, None
+        wait, ctx.promise.wait = ctx.promise.wait, None
+        assert wait is not None
+        return wait(), None
+
+
+class _CopyToRegion(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Communicator, unit: str, promise: Promise) -> Tensor:
+        ctx.comm, ctx.unit, ctx.promise = comm, unit, promise
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.promise.wait = ctx.comm.all_reduce(grads[0], ctx.unit)
+        return None, None, None, None
 
 
 class _ReduceFromRegion(Function):
@@ -51,19 +83,24 @@ class _ReduceFromRegion(Function):
 
 
 class _Gather(Function):
-    """Parts along `dim` to the whole; backward reduce-scatters, or takes its own part where the gradient is whole."""
+    """Parts along `dim` to the whole; backward starts a reduce-scatter for `promise`, or, without one, takes its own
+    part of a gradient that is whole."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Communicator, unit: str, sizes: list[int], dim: int, sums: bool) -> Tensor:
-        ctx.comm, ctx.unit, ctx.sizes, ctx.dim, ctx.sums = comm, unit, sizes, dim, sums
+    def forward(
+        ctx: Any, x: Tensor, comm: Communicator, unit: str, sizes: list[int], dim: int, promise: Promise | None
+    ) -> Tensor:
+        ctx.comm, ctx.unit, ctx.sizes, ctx.dim, ctx.promise = comm, unit, sizes, dim, promise
         return comm.gather_parts(x, sizes, dim, unit)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        if ctx.sums:
-            part = ctx.comm.reduce_parts(grads[0], ctx.sizes, ctx.dim, ctx.unit)
-        else:
+        part = None
+        if ctx.promise is None:
             part = grads[0].split(ctx.sizes, dim=ctx.dim)[ctx.comm.rank]
+        else:
+            ctx.promise.wait = ctx.comm.reduce_parts(grads[0], ctx.sizes, ctx.dim, ctx.unit)
         return part, None, None, None, None, None
 
 
@@ -74,7 +111,7 @@ class _Scatter(Function):
     def forward(ctx: Any, x: Tensor, comm: Communicator, unit: str, sizes: list[int], dim: int, sums: bool) -> Tensor:
         ctx.comm, ctx.unit, ctx.sizes, ctx.dim = comm, unit, sizes, dim
         if sums:
-            return comm.reduce_parts(x, sizes, dim, unit)
+            return comm.reduce_parts(x, sizes, dim, unit)()
         return x.split(sizes, dim=dim)[comm.rank].contiguous()
 
     @staticmethod
@@ -82,9 +119,19 @@ class _Scatter(Function):
         return ctx.comm.gather_parts(grads[0], ctx.sizes, ctx.dim, ctx.unit), None, None, None, None, None
 
 
-def copy_to_region(x_BSH: Tensor, comm: Communicator, unit: str) -> Tensor:
-    """f: x as it is; the gradients of all ranks' uses of it are summed."""
-    return _CopyToRegion.apply(x_BSH, comm, unit) if comm.size > 1 else x_BSH
+def nothing() -> None:
+    """Makes no nodes."""
+
+
+def copy_to_region(x_BSH: Tensor, comm: Communicator, unit: str, behind: Callable[[], None] = nothing) -> Tensor:
+    """f: x as it is; the gradients of all ranks' uses of it are summed, the nodes that `behind` makes meanwhile."""
+    if comm.size == 1:
+        behind()
+        return x_BSH
+    promise = Promise()
+    x_BSH = _Await.apply(x_BSH, promise)
+    behind()
+    return _CopyToRegion.apply(x_BSH, comm, unit, promise)
 
 
 def reduce_from_region(x_BSH: Tensor, comm: Communicator, unit: str) -> Tensor:
@@ -92,11 +139,18 @@ def reduce_from_region(x_BSH: Tensor, comm: Communicator, unit: str) -> Tensor:
     return _ReduceFromRegion.apply(x_BSH, comm, unit) if comm.size > 1 else x_BSH
 
 
-def gather_sequence(x_BSH: Tensor, comm: Communicator, unit: str, length: int) -> Tensor:
-    """x[B, S_axis, H] -> x[B, S, H], S = `length`; backward sums the gradients of all ranks' uses."""
+def gather_sequence(
+    x_BSH: Tensor, comm: Communicator, unit: str, length: int, behind: Callable[[], None] = nothing
+) -> Tensor:
+    """x[B, S_axis, H] -> x[B, S, H], S = `length`; backward sums the gradients of all ranks' uses, as `copy_to_region`
+    does."""
     if comm.size == 1:
+        behind()
         return x_BSH
-    return _Gather.apply(x_BSH, comm, unit, split_sizes(length, comm.size), SEQUENCE_DIM, True)
+    promise = Promise()
+    x_BSH = _Await.apply(x_BSH, promise)
+    behind()
+    return _Gather.apply(x_BSH, comm, unit, split_sizes(length, comm.size), SEQUENCE_DIM, promise)
 
 
 def scatter_sequence(x_BSH: Tensor, comm: Communicator, unit: str) -> Tensor:
@@ -119,14 +173,14 @@ def join_sequence(x_BSH: Tensor, comm: Communicator, unit: str, length: int) -> 
     """x[B, S_axis, H] -> x[B, S, H], S = `length`, for uses that are the same on all ranks."""
     if comm.size == 1:
         return x_BSH
-    return _Gather.apply(x_BSH, comm, unit, split_sizes(length, comm.size), SEQUENCE_DIM, False)
+    return _Gather.apply(x_BSH, comm, unit, split_sizes(length, comm.size), SEQUENCE_DIM, None)
 
 
 def gather_features(x_BSV: Tensor, comm: Communicator, unit: str, sizes: list[int]) -> Tensor:
     """x[B, S, V_axis] -> x[B, S, V], for uses that are the same on all ranks; `sizes` of the parts may differ."""
-    return _Gather.apply(x_BSV, comm, unit, sizes, x_BSV.dim() - 1, False) if comm.size > 1 else x_BSV
+    return _Gather.apply(x_BSV, comm, unit, sizes, x_BSV.dim() - 1, None) if comm.size > 1 else x_BSV
 
 
 def gather_rows_of_sequence(x_BLV: Tensor, comm: Communicator, unit: str, sizes: list[int]) -> Tensor:
     """x[B, L_axis, V] -> x[B, S, V], parts behind each other in rank order, for uses that are the same on all ranks."""
-    return _Gather.apply(x_BLV, comm, unit, sizes, SEQUENCE_DIM, False) if comm.size > 1 else x_BLV
+    return _Gather.apply(x_BLV, comm, unit, sizes, SEQUENCE_DIM, None) if comm.size > 1 else x_BLV

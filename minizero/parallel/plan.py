@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -197,7 +197,9 @@ class PlanApplication:
     # ---- hooks ----
 
     def enter(self, name: str) -> Callable[..., Any]:
-        return on_first_input(lambda x_BSH: self.axis.enter(x_BSH, name))
+        layers = [n for n, style in self.styles.items() if style in OPENING and n.rpartition(".")[0] == name]
+        opening = [cast(ColumnParallelLinear, self.model.get_submodule(layer)) for layer in layers]
+        return on_first_input(lambda x_BSH: self.axis.enter(x_BSH, name, opening))
 
     def cut_sequence(self, name: str) -> Callable[..., Any]:
         def cut(x_BSH: Tensor) -> Tensor:

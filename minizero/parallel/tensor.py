@@ -16,6 +16,7 @@ T = B · S tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 from minizero.dist import conjugate
 from minizero.dist.collectives import Communicator
 from minizero.dist.sharding import TensorShard, split_sizes
+from minizero.parallel.linear import Anchor, anchor, linear
 from minizero.parallel.random import draw_from
 from minizero.utils.forward import running
 
@@ -54,12 +56,17 @@ class TensorAxis:
         whole = torch.arange(self.length, device=device)
         return whole.split(split_sizes(self.length, self.comm.size))[self.comm.rank]
 
-    def enter(self, x_BSH: Tensor, unit: str) -> Tensor:
-        """Into a region: f, or the all-gather of the sequence."""
+    def enter(self, x_BSH: Tensor, unit: str, opening: Sequence[ColumnParallelLinear]) -> Tensor:
+        """Into a region that the layers `opening` open: f, or the all-gather of the sequence."""
+
+        def anchor_weights() -> None:
+            for layer in opening:
+                layer.anchor = anchor(layer.weight)
+
         if self.sequence:
-            return conjugate.gather_sequence(x_BSH, self.comm, unit, self.length)
+            return conjugate.gather_sequence(x_BSH, self.comm, unit, self.length, behind=anchor_weights)
         draw_from("part")
-        return conjugate.copy_to_region(x_BSH, self.comm, unit)
+        return conjugate.copy_to_region(x_BSH, self.comm, unit, behind=anchor_weights)
 
     def leave(self, x_BSH: Tensor, unit: str) -> Tensor:
         """Out of a region: g, or the reduce-scatter of the sequence."""
@@ -77,6 +84,9 @@ class ColumnParallelLinear(nn.Module):
         axis: the tensor-parallel axis. unit: names its communication.
         enters: whether the layer is its own way into the region; else whoever calls it has entered.
         gather: lengths of all ranks' outputs, to give them whole (a head whose user wants all logits); None: do not.
+
+    Attributes:
+        anchor: of the weight, from the region's entry to this layer's forward; a second one in it makes its own.
     """
 
     def __init__(
@@ -94,11 +104,13 @@ class ColumnParallelLinear(nn.Module):
         self.weight, self.bias = weight, bias
         self.axis, self.unit = axis, unit
         self.transposed, self.enters, self.gather = transposed, enters, gather
+        self.anchor: Anchor | None = None
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         if self.enters:
-            x_BSH = self.axis.enter(x_BSH, self.unit)
-        y_BSF = F.linear(x_BSH, self.weight.t() if self.transposed else self.weight, self.bias)
+            x_BSH = self.axis.enter(x_BSH, self.unit, [self])
+        hangs_on, self.anchor = self.anchor or anchor(self.weight), None
+        y_BSF = linear(x_BSH, self.weight, self.bias, hangs_on, self.transposed)
         return (
             y_BSF if self.gather is None else conjugate.gather_features(y_BSF, self.axis.comm, self.unit, self.gather)
         )
@@ -118,7 +130,7 @@ class RowParallelLinear(nn.Module):
         self.axis, self.unit, self.transposed = axis, unit, transposed
 
     def forward(self, x_BSF: Tensor) -> Tensor:
-        y_BSH = F.linear(x_BSF, self.weight.t() if self.transposed else self.weight)
+        y_BSH = linear(x_BSF, self.weight, None, anchor(self.weight), self.transposed)
         y_BSH = self.axis.leave(y_BSH, self.unit)
         return y_BSH if self.bias is None else y_BSH + self.bias
 

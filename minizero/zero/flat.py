@@ -89,15 +89,26 @@ class FlatGroup:
     def load(self, index: int, value: Tensor) -> None:
         """Take `value` (whole, any float dtype) as the value of parameter `index`, master included."""
         value_flat = value.detach().reshape(-1)
+        for start, stop in self.needed(index):
+            self.load_range(index, start, value_flat[start:stop])
+
+    def needed(self, index: int) -> list[tuple[int, int]]:
+        """Which elements [start, stop) of the flattened parameter this rank keeps any copy of."""
         if not self.frees_whole:
-            offset = self.layout.offsets[index]
-            self.flat[offset : offset + value.numel()].copy_(value_flat)
+            return [(0, self.layout.sizes[index])]
+        return [(span.start, span.stop) for span in self._spans(self.rank, index)]
+
+    def load_range(self, index: int, start: int, values: Tensor) -> None:
+        """Take `values` as the elements from `start` of flattened parameter `index`: one range of `needed`."""
+        if not self.frees_whole:
+            offset = self.layout.offsets[index] + start
+            self.flat[offset : offset + values.numel()].copy_(values)
         else:
             for span in self._spans(self.rank, index):
-                self.shard[span.offset : span.offset + span.numel].copy_(value_flat[span.start : span.stop])
+                copy_overlap(self.shard[span.offset : span.offset + span.numel], span.start, values, start)
         for (_, span), target in zip(self.owned_spans(), self.master_views(), strict=True):
             if span.index == index:
-                target.copy_(value_flat[span.start : span.stop])
+                copy_overlap(target, span.start, values, start)
 
     def _spans(self, rank: int, index: int) -> list[Span]:
         return [span for span in self.layout.spans[rank] if span.index == index]
@@ -170,6 +181,14 @@ class FlatGroup:
 
     def _empty_storage(self) -> None:
         self.flat.untyped_storage().resize_(0)
+
+
+def copy_overlap(target: Tensor, target_start: int, values: Tensor, start: int) -> None:
+    """Between parts of one flattened tensor, `target` from `target_start` and `values` from `start`: copy what both
+    have."""
+    low, high = max(target_start, start), min(target_start + target.numel(), start + values.numel())
+    if low < high:
+        target[low - target_start : high - target_start].copy_(values[low - start : high - start])
 
 
 def host_tensor(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
