@@ -32,7 +32,7 @@ from minizero.config.batch import BatchSizes
 from minizero.config.deepspeed import to_deepspeed
 from minizero.dist.collectives import CollectiveError, Communicator
 from minizero.observe.log import EngineLog
-from minizero.utils.forward import ForwardEntry
+from minizero.utils.forward import ForwardEntry, forward_of
 from minizero.utils.warnings import warn_once
 from minizero.zero.optimizer import StepResult, Window, ZeroOptimizer
 from minizero.zero.policy import DTYPES
@@ -130,7 +130,8 @@ class Engine:
         with self.ledger.phase("backward"), self.log.timer("backward"):
             try:
                 self.runtime.begin_backward(value, boundary=boundary, sync=self._synchronize)
-                (value * self.optimizer.scaler.scale).backward(retain_graph=retain_graph)
+                with forward_of(self.entry.latest):  # for blocks that others compute again
+                    (value * self.optimizer.scaler.scale).backward(retain_graph=retain_graph)
                 self.runtime.end_backward()
             except Exception:
                 self.optimizer.window = Window()

@@ -52,7 +52,8 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Resol
     tree: Tree = {}
     for file, layer in read_layers(Path(path)) if path is not None else []:
         tree = _minizero_tree(laid_over(tree, layer), str(file))
-        origins.update({key: f"file {file}" for key in _given(layer)})
+        given = tree if _is_deepspeed(layer, str(file)) else layer
+        origins.update({key: f"file {file}" for key in _given(given)})
     for key, value in parse_overrides(overrides):
         _put(tree, key.split("."), value)
         origins[_setting_of(key)] = "command line"

@@ -1,9 +1,8 @@
 """What a running forward knows about its batch.
 
 Layers deep inside a model need facts that only its entry has seen: which samples these are, how long their sequence is,
-which of its positions this rank holds. One object per forward keeps them, found through a context variable, so that no
-module has to hand them down, and so that a block which is computed again in backward, perhaps after other forwards have
-begun, sees those of its own.
+which of its positions this rank holds. One object per forward keeps them, so that no module has to hand them down, and
+so that a block which is computed again in backward, perhaps after other forwards have begun, sees those of its own.
 
 Shape suffixes: B batch, S positions of the whole sequence, L those that this rank holds.
 """
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,22 +47,24 @@ class Forward:
     streams: Any = None
 
 
-_RUNNING: ContextVar[Forward | None] = ContextVar("forward", default=None)
+# One stack for the process. Not a context variable: on a GPU autograd runs backward, and so what is computed again, in
+# a thread of its own, which sees none of those that were set in the thread that called it.
+_STACK: list[Forward | None] = []
 
 
 def running() -> Forward | None:
-    """The forward that this code runs in, if it is one of an engine's model."""
-    return _RUNNING.get()
+    """The forward that this code runs in, or whose backward does, if it is one of an engine's model."""
+    return _STACK[-1] if _STACK else None
 
 
 @contextmanager
 def forward_of(forward: Forward | None) -> Iterator[None]:
     """Inside, `forward` is the running one."""
-    token = _RUNNING.set(forward)
+    _STACK.append(forward)
     try:
         yield
     finally:
-        _RUNNING.reset(token)
+        _STACK.pop()
 
 
 def first_tensor(inputs: Any) -> Tensor | None:
@@ -75,12 +75,12 @@ def first_tensor(inputs: Any) -> Tensor | None:
 class ForwardEntry:
     """Makes the `Forward` of every call of `model`, with the attributes that all of them share.
 
-    `step` is kept up to date by who counts them.
+    `step` is kept up to date by who counts them. `latest` is the newest one that computed a graph.
     """
 
     def __init__(self, model: nn.Module, **shared: Any) -> None:
         self.step, self.shared = 0, shared
-        self._tokens: list[Token[Forward | None]] = []
+        self.latest: Forward | None = None
         self.hooks = [
             model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),  # the last: other hooks are part of the forward
@@ -88,12 +88,13 @@ class ForwardEntry:
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         forward = Forward(step=self.step, inputs_B=first_tensor((args, kwargs)), **self.shared)
-        self._tokens.append(_RUNNING.set(forward))
+        _STACK.append(forward)
+        if torch.is_grad_enabled():
+            self.latest = forward
         if forward.streams is not None:
             forward.streams.begin()
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        streams = self.shared.get("streams")
-        if streams is not None:
-            streams.end()
-        _RUNNING.reset(self._tokens.pop())
+        forward = _STACK.pop()
+        if forward is not None and forward.streams is not None:
+            forward.streams.end()
