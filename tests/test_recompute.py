@@ -135,6 +135,90 @@ def test_autocast_is_given_back():
     assert layer.weight.grad is not None
 
 
+# ---- the last product ----
+
+
+class Ending(nn.Module):
+    """A block that ends in one of several ways."""
+
+    def __init__(self, end: str) -> None:
+        super().__init__()
+        self.end, self.bias = end, end != "no bias"
+        self.up, self.down, self.norm = nn.Linear(7, 15), nn.Linear(15, 7, bias=self.bias), nn.LayerNorm(7)
+        self.skips = 0
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.down(self.up(x).tanh())
+        if self.end == "kept by a function":
+            return Keeps.apply(y)
+        if self.end == "a second output":
+            return x + y, y.square()
+        if self.end == "from time to time":
+            self.skips += 1
+            return x + (y if self.skips % 3 else y.sigmoid())
+        ends = {
+            "norm": self.norm,
+            "tanh": torch.tanh,
+            "another product": lambda value: F.linear(value, self.norm.weight[None]),
+        }
+        return ends[self.end](x + y) if self.end in ends else x + y.view(-1).view(x.shape)
+
+
+class Keeps(torch.autograd.Function):
+    """Reads its input's value in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.y = y
+        return y + 1
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.y
+
+
+ENDINGS = (
+    "sum",
+    "no bias",
+    "norm",
+    "tanh",
+    "another product",
+    "kept by a function",
+    "a second output",
+    "from time to time",
+)
+
+
+@pytest.mark.parametrize("end", ENDINGS)
+def test_the_last_product_is_left_out_only_where_nobody_reads_it(end):
+    def gradients_of(run: Any) -> list[list[Tensor]]:
+        torch.manual_seed(0)
+        block, found = Ending(end), []
+        for _ in range(7):
+            x = torch.randn(3, 5, 7, requires_grad=True)
+            out = run(block, x)
+            if run is checkpoint_block and end == "from time to time":
+                block.skips -= 1  # the second pass does what the first did
+            sum(part.square().sum() for part in (out if isinstance(out, tuple) else (out,))).backward()
+            found.append([x.grad, *(p.grad for p in block.parameters() if p.grad is not None)])
+            block.zero_grad()
+        return found
+
+    for found, expected in zip(gradients_of(checkpoint_block), gradients_of(plainly), strict=True):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_last_product_is_left_out():
+    block, x = Ending("sum"), torch.randn(3, 5, 7, requires_grad=True)
+    for learnt in (False, True):
+        y = checkpoint_block(block, x)
+        with torch.profiler.profile() as profile:
+            y.sum().backward()
+        products = sum(event.count for event in profile.key_averages() if event.key in ("aten::addmm", "aten::mm"))
+        assert products == (2 if not learnt else 1) + 4  # forward again, and two gradients of each
+
+
 # ---- blocks that cannot be computed again ----
 
 

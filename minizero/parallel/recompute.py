@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from minizero.dist.collectives import Communicator
 from minizero.dist.sharding import split_sizes
+from minizero.parallel.last_product import second_pass
 from minizero.utils.forward import Forward, forward_of, running
 
 
@@ -91,8 +92,12 @@ class Call:
         """The tensors of the second pass, with their graph."""
         filled = [inputs[leaf.index] if isinstance(leaf, Placeholder) else leaf for leaf in self.arguments]
         args, kwargs = tree_unflatten(filled, self.spec)
-        with self.state.restored(), torch.enable_grad():
-            outputs = [leaf for leaf in tree_leaves(self.function(*args, **kwargs)) if isinstance(leaf, Tensor)]
+
+        def run() -> list[Tensor]:
+            with self.state.restored(), torch.enable_grad():
+                return [leaf for leaf in tree_leaves(self.function(*args, **kwargs)) if isinstance(leaf, Tensor)]
+
+        outputs = second_pass(None if self.options.check else module_of(self.function), run)
         self._compare(outputs)
         return outputs
 

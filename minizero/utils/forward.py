@@ -52,6 +52,10 @@ class Forward:
 _STACK: list[Forward | None] = []
 
 
+values_discarded: list[bool] = []
+"""Not empty while a block is computed again and only its graph is wanted: sums over ranks may then be left out."""
+
+
 def running() -> Forward | None:
     """The forward that this code runs in, or whose backward does, if it is one of an engine's model."""
     return _STACK[-1] if _STACK else None

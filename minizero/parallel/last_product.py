@@ -1,0 +1,136 @@
+"""The last matrix product of a block need not be computed again.
+
+A second pass is run for its graph: backward reads what nodes saved, and nobody reads the block's output. Most blocks
+end with a matrix product and a residual sum. The product's node saves its inputs, the sum saves nothing; so the value of
+the product is not needed, nor what tensor-parallel ranks would send to sum it up. torch's own checkpoint gains the same
+by ending the second pass early ("early stop").
+
+Which product is the last is learnt from the second pass before. That its value is not needed is checked in the graph
+itself, each time: every node between it and the block's outputs must be of a kind that reads no values. Where one is
+not, the pass is run again in full, and so are all later ones of that block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from minizero.utils.forward import values_discarded
+
+READ_NO_VALUES = frozenset(
+    "AddBackward0 SubBackward0 ViewBackward0 UnsafeViewBackward0 ReshapeAliasBackward0 TransposeBackward0 "
+    "AliasBackward0 UnsqueezeBackward0 SqueezeBackward1 _ReduceFromRegionBackward _ScatterBackward".split()
+)
+NEVER = 0
+
+# Products of a block's second pass; `NEVER` where the last one's value turned out to be needed.
+PRODUCTS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def second_pass(module: nn.Module | None, run: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """`run()`'s tensors, with their graph; the values of those that end in the last product may be anything.
+
+    Args:
+        module: the block, by which it is known; None: it is computed in full.
+    """
+    number = NEVER if module is None else PRODUCTS.get(module, -1)
+    with ProductCounter(number) if number != NEVER else nullcontext() as products:
+        outputs = run()
+    if products is None or module is None:
+        return outputs
+    if products.skipped is None:
+        PRODUCTS[module] = products.seen  # 0 where there is none: the same as never
+        return outputs
+    if is_unread(outputs, products.skipped):
+        return outputs
+    PRODUCTS[module] = NEVER
+    return run()
+
+
+class ProductCounter(TorchFunctionMode):
+    """Counts calls of `F.linear`, and leaves out the computation of number `last`.
+
+    Attributes:
+        seen: calls. skipped: number of the autograd node of the one that was left out.
+    """
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self.last, self.seen = last, 0
+        self.skipped: int | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.linear:
+            return func(*args, **(kwargs or {}))
+        self.seen += 1
+        if self.seen != self.last:
+            return func(*args, **(kwargs or {}))
+        return self._skip(*args, **(kwargs or {}))
+
+    def _skip(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        values_discarded.append(True)
+        if not torch.is_grad_enabled():  # inside a Function of ours, whose node has just been made
+            self.skipped = newest_node()
+            return input.new_empty(*input.shape[:-1], weight.shape[0])
+        y = _Linear.apply(input, weight, bias)
+        self.skipped = y.grad_fn._sequence_nr() if y.grad_fn is not None else newest_node()
+        return y
+
+    def __exit__(self, *failure: Any) -> None:
+        if self.skipped is not None:
+            values_discarded.pop()
+        super().__exit__(*failure)
+
+
+class _Linear(Function):
+    """`F.linear` without its value: only its place in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x, weight), dy = ctx.saved_tensors, grads[0]
+        dy_TF, x_TH = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        dx = (dy_TF @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        dw = dy_TF.t() @ x_TH if ctx.needs_input_grad[1] else None
+        return dx, dw, dy_TF.sum(dim=0) if ctx.needs_input_grad[2] else None
+
+
+def newest_node() -> int:
+    """Number of the autograd node that this thread made last."""
+    with torch.enable_grad():
+        made: Any = torch.ones((), requires_grad=True).neg().grad_fn
+    return made._sequence_nr() - 1
+
+
+def is_unread(outputs: Sequence[Tensor], skipped: int) -> bool:
+    """Whether every node between `outputs` and the node numbered `skipped` reads no values."""
+    leads: dict[Any, bool] = {}
+
+    def leads_there(node: Any) -> bool:
+        """Nodes with smaller numbers were made before, and have nothing to do with it."""
+        if node is None or hasattr(node, "variable"):
+            return False
+        if node not in leads:
+            number = node._sequence_nr()
+            leads[node] = number == skipped or (
+                number > skipped and any([leads_there(below) for below, _ in node.next_functions])
+            )
+        return leads[node]
+
+    for output in outputs:
+        leads_there(output.grad_fn)
+    return all(
+        node._sequence_nr() == skipped or node.name() in READ_NO_VALUES for node, is_above in leads.items() if is_above
+    )
