@@ -145,7 +145,6 @@ class Ending(nn.Module):
         super().__init__()
         self.end, self.bias = end, end != "no bias"
         self.up, self.down, self.norm = nn.Linear(7, 15), nn.Linear(15, 7, bias=self.bias), nn.LayerNorm(7)
-        self.skips = 0
 
     def forward(self, x: Tensor) -> Any:
         y = self.down(self.up(x).tanh())
@@ -154,8 +153,7 @@ class Ending(nn.Module):
         if self.end == "a second output":
             return x + y, y.square()
         if self.end == "from time to time":
-            self.skips += 1
-            return x + (y if self.skips % 3 else y.sigmoid())
+            return x + (y if float(x.sum()) > 0 else y.sigmoid())
         ends = {
             "norm": self.norm,
             "tanh": torch.tanh,
@@ -197,8 +195,6 @@ def test_the_last_product_is_left_out_only_where_nobody_reads_it(end):
         for _ in range(7):
             x = torch.randn(3, 5, 7, requires_grad=True)
             out = run(block, x)
-            if run is checkpoint_block and end == "from time to time":
-                block.skips -= 1  # the second pass does what the first did
             sum(part.square().sum() for part in (out if isinstance(out, tuple) else (out,))).backward()
             found.append([x.grad, *(p.grad for p in block.parameters() if p.grad is not None)])
             block.zero_grad()

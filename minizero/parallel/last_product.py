@@ -1,9 +1,9 @@
 """The last matrix product of a block need not be computed again.
 
 A second pass is run for its graph: backward reads what nodes saved, and nobody reads the block's output. Most blocks
-end with a matrix product and a residual sum. The product's node saves its inputs, the sum saves nothing; so the value of
-the product is not needed, nor what tensor-parallel ranks would send to sum it up. torch's own checkpoint gains the same
-by ending the second pass early ("early stop").
+end with a matrix product and a residual sum. The product's node saves its inputs, the sum saves nothing; so nobody needs
+the product's value, nor what tensor-parallel ranks would send to sum it up. torch's own checkpoint gains the same by
+ending the second pass early ("early stop").
 
 Which product is the last is learnt from the second pass before. That its value is not needed is checked in the graph
 itself, each time: every node between it and the block's outputs must be of a kind that reads no values. Where one is
