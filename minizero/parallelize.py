@@ -18,6 +18,7 @@ from minizero.dist.layout import TensorLayout
 from minizero.models.dropout import number_dropouts
 from minizero.parallel.context import ContextAxis
 from minizero.parallel.context_model import apply_context, refuse_few_heads
+from minizero.parallel.foreign import has_causal_loss
 from minizero.parallel.plan import apply_plan
 from minizero.parallel.random import RandomStreams, foreign_dropout
 from minizero.parallel.recompute import Options
@@ -94,6 +95,8 @@ def cut_layers(model: nn.Module, config: Config, axis: Communicator) -> TensorLa
     if axis.size == 1:
         return None
     plan, sequence = config.parallel.plan or plan_of(model), config.parallel.sequence
+    if not config.parallel.plan and has_causal_loss(model):
+        plan = {name: "vocab_head" if style == "gather_head" else style for name, style in plan.items()}
     if sequence and "sequence_begin" not in plan.values():
         raise ValueError("parallel.sequence: no module of the plan is a sequence_begin, at whose entry it would be cut")
     return apply_plan(model, plan, TensorAxis(axis, sequence))

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_distributed
+from harness import DistributedError, run_distributed
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_tensor_parallel import BATCH, LENGTH, VOCAB, Foreign, batches, foreign, make, train_plainly
-from torch import Tensor
+from torch import Tensor, nn
 from training import relative_error
 
 import minizero
+from minizero.config.schema import ModelConfig
 from minizero.dist.collectives import Communicator
 from minizero.dist.dims import ParallelDims
 from minizero.dist.ledger import CommLedger
 from minizero.dist.mesh import build_mesh
+from minizero.models import build
 from minizero.models.layers import hidden
 from minizero.parallel.context import ContextAxis, HeadPlan, Ring, ring_attention, ulysses_attention
 
@@ -195,6 +198,14 @@ def peak_of_attention(method: str, length: int) -> int:
     return peak
 
 
+@pytest.mark.parametrize("method", ("ring", "ulysses"))
+def test_peak_memory_of_attention_falls_with_the_ranks(method):
+    """Forward and backward over 2048 positions: half the bytes on twice the ranks, or a little less (ring's tiles)."""
+    two, four = (max(run_distributed(peak_of_attention, world, method, 2048)) for world in (2, 4))
+    assert 0.4 < four / two < 0.52
+    assert two < 2048 * 2048 * 4  # one head's (S, S) matrix alone would be more
+
+
 # ---- whole models ----
 
 
@@ -280,3 +291,135 @@ def test_unmodified_transformers_models_train_as_one_process(name, context, tp):
     for report in run_distributed(train, 4, name, 2, context, 4, torch.float64, tp, 3, False, 2):
         assert relative_error(report["losses"], losses) < bound
         assert relative_error(report["norms"], norms) < bound
+
+
+# ---- packed documents, padding, and losses that transformers' models compute ----
+
+
+def packed_batch(step: int) -> dict[str, Tensor]:
+    """Position ids that begin again wherever a document does."""
+    batch = batches(step + 1)[step]
+    generator = torch.Generator().manual_seed(step)
+    begins = torch.rand(BATCH, LENGTH, generator=generator).lt(0.3)
+    begins[:, 0] = True
+    places = torch.arange(LENGTH).expand(BATCH, LENGTH)
+    starts = torch.where(begins, places, 0).cummax(dim=1).values
+    return {**batch, "position_ids": places - starts}
+
+
+def train_packed(name: str, cp: int, context: str) -> list[float]:
+    engine, *_ = minizero.initialize(model=make(name).double(), config=settings(cp, context, 1, 0, False, 1))
+    found = []
+    for step in range(3):
+        size = BATCH // engine.dp_size
+        part = slice(engine.dp_rank * size, (engine.dp_rank + 1) * size)
+        found.append(float(engine.train_batch(iter([{k: v[part] for k, v in packed_batch(step).items()}]))))
+    return found
+
+
+@pytest.mark.parametrize("name", ("llama", "gpt2"))
+@pytest.mark.parametrize("context", ("ring", "ulysses"))
+def test_packed_documents_do_not_see_each_other(name, context):
+    whole = run_distributed(train_packed, 1, name, 1, "ring")[0]
+    for found in run_distributed(train_packed, 4, name, 2, context):
+        assert relative_error(found, whole) < 1e-10
+    model, batch = make(name).double(), packed_batch(0)
+    logits_whole = model(batch["input_ids"], position_ids=batch["position_ids"])
+    for row, ids in enumerate(batch["position_ids"]):  # each document alone gives the same
+        starts = [*(ids == 0).nonzero()[:, 0].tolist(), LENGTH]
+        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+            alone = model(batch["input_ids"][row : row + 1, start:stop])
+            torch.testing.assert_close(alone[0], logits_whole[row, start:stop])
+
+
+def foreign_losses(name: str, cp: int, context: str, padded: bool) -> tuple[list[float], list[float]]:
+    """A transformers model that computes its own mean loss from labels it shifts itself."""
+    torch.manual_seed(0)
+    engine, *_ = minizero.initialize(model=foreign(name).double(), config=settings(cp, context, 1, 1, False, 1))
+    losses, seen = [], []
+    for batch in batches(3):
+        size = BATCH // engine.dp_size
+        ids = batch["input_ids"][engine.dp_rank * size : (engine.dp_rank + 1) * size]
+        more = {"attention_mask": torch.ones_like(ids).index_fill(1, torch.tensor([5, 6]), 0)} if padded else {}
+        loss = engine(input_ids=ids, labels=ids.masked_fill(more.get("attention_mask", ids) == 0, -100), **more).loss
+        seen.append(float(loss.detach()))
+        engine.backward(loss)
+        engine.step()
+        losses.append(engine.result.loss)
+    return losses, seen
+
+
+@pytest.mark.parametrize("padded", (False, True))
+@pytest.mark.parametrize("context", ("ring", "ulysses"))
+@pytest.mark.parametrize("name", ("hf_llama", "hf_gpt2"))
+def test_a_transformers_models_own_loss_is_the_whole_sequences(name, context, padded):
+    whole, _ = run_distributed(foreign_losses, 1, name, 1, "ring", padded)[0]
+    reports = run_distributed(foreign_losses, 2, name, 2, context, padded)
+    for found, seen in reports:
+        assert relative_error(found, whole) < 2e-6 and relative_error(seen, whole) < 2e-6
+
+
+# ---- bad input ----
+
+
+def misuse(kind: str) -> None:
+    world = dist.get_world_size()
+    model: Any = make("llama")
+    more: dict[str, Any] = {}
+    batch = {key: value[:, : length_of(kind)] for key, value in batches(1)[0].items()}
+    if kind == "wrapper":
+        model = make("hf_llama")  # says nothing about its inputs
+    elif kind == "no attention":
+        model = Bare()
+    elif kind == "dropout":
+        config = ModelConfig(family="gpt2", hidden_size=24, num_heads=4, attention="eager", attention_dropout=0.1)
+        model = build(config, VOCAB, LENGTH)
+    elif kind == "argument":
+        batch["weights"] = torch.ones(BATCH, LENGTH)
+        model = Weighted(model)
+    elif kind == "heads":
+        more = {"context": "ulysses"}
+    config = minizero.Config(parallel={"cp": world, **more}, train={"micro_batch_size": 1}, dist={"timeout": 20.0})
+    engine, *_ = minizero.initialize(model=model, config=config)
+    engine(**batch)
+
+
+def length_of(kind: str) -> int:
+    return 3 if kind == "short" else LENGTH
+
+
+class Bare(nn.Module):
+    context_inputs = ("input_ids",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+
+class Weighted(nn.Module):
+    context_inputs = ("input_ids", "labels")
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids, labels, weights):
+        return self.inner(input_ids, labels)
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "message"),
+    (
+        ("short", 4, r"parallel.cp = 4: a sequence of 3 tokens is shorter; legal: at least 4"),
+        ("wrapper", 2, r"parallel.cp = 2: Foreign does not say which of its arguments hold the sequence"),
+        ("no attention", 2, r"parallel.cp = 2: Bare has no attention that can span ranks"),
+        ("dropout", 2, r"transformer.h.0.attn.attend has attention dropout 0.1; ring attention never holds"),
+        ("argument", 2, r"cannot tell how to cut the argument 'weights'; those that hold the sequence are input_ids"),
+        ("heads", 8, r"parallel.cp = 8 with parallel.context ulysses: 4 heads cannot be shared .* legal: up to 4"),
+    ),
+)
+def test_bad_input_is_one_clear_error_on_every_rank(kind, world, message):
+    with pytest.raises(DistributedError, match=message) as caught:
+        run_distributed(misuse, world, kind, timeout=30)
+    assert len(caught.value.failures) == world
+    assert all(re.search(message, text) for text in caught.value.failures.values())

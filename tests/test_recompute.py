@@ -15,9 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from training import relative_error
+from training import train as train_a_toy
 
 import minizero
-from minizero.parallel.activation_memory import SavedBytes
+from minizero.config.schema import ModelConfig
+from minizero.dist.sharding import split_sizes
+from minizero.models import build
+from minizero.parallel.activation_memory import BlockShape, SavedBytes, block_bytes, shared_bytes
 from minizero.parallel.recompute import Options, RecomputeError, checkpoint_block
 from minizero.parallel.recompute_model import BlockBytes, ByteBudget
 
@@ -243,6 +247,17 @@ def test_another_shape_in_the_second_pass_is_named():
         y.sum().backward()
 
 
+def test_a_tensor_left_on_the_module_is_named():
+    class Router(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.auxiliary = self.weight.square().mean()
+            return super().forward(x)
+
+    block = nn.Sequential(Router(3, 3), nn.Tanh())
+    with pytest.raises(RecomputeError, match="Sequential leaves a tensor behind in 0.auxiliary"):
+        checkpoint_block(block, torch.randn(2, 3)).sum().backward()
+
+
 def test_other_values_in_the_second_pass_are_found_in_debug_mode():
     factor = [2.0]
     x = torch.ones(3, requires_grad=True)
@@ -361,6 +376,19 @@ def test_transformers_models_too(name, mode):
         assert relative_error(found_norms, norms) < bound
 
 
+def train_toy(name: str, stage: int, mode: str) -> Any:
+    report = train_a_toy(name, stage, 3, 2, recompute=MODES.get(mode, {}))
+    return report.losses, report.norms, report.weights
+
+
+@pytest.mark.parametrize("stage", (0, 3))
+@pytest.mark.parametrize("name", ("toy", "frozen", "adapters", "unused", "twice", "outside", "nested"))
+def test_every_kind_of_model_is_bitwise_what_it_is_without(name, stage):
+    plain, full = (run_distributed(train_toy, 2, name, stage, mode)[0] for mode in ("", "full"))
+    assert plain[:2] == full[:2]
+    assert all(torch.equal(full[2][key], value) for key, value in plain[2].items())
+
+
 # ---- what is kept ----
 
 
@@ -378,6 +406,51 @@ def test_more_recompute_keeps_less():
         run_distributed(kept, 1, mode)[0] for mode in ("", "selective", "every second", "full")
     )
     assert full < half < selective < none
+
+
+def count_block(family: str, eager: bool, mode: str, tp: int, sequence: bool, dtype: torch.dtype) -> tuple[int, int]:
+    """(counted, closed form) of a model's two blocks on this rank, uneven MLP and key/value heads copied."""
+    torch.manual_seed(0)
+    attention = "eager" if eager else "fused"
+    kv_heads = 2 if family == "llama" else None
+    config = ModelConfig(
+        family=family, hidden_size=24, num_layers=2, num_heads=4, num_kv_heads=kv_heads, intermediate_size=37,
+        attention=attention,
+    )  # fmt: skip
+    model = build(config, VOCAB, LENGTH).to(dtype)
+    recompute = {"none": {}, "partitioned": MODES["partitioned"]}.get(mode) or MODES.get(mode, {})
+    parallel = {"tp": tp, "sequence": sequence}
+    settings = minizero.Config(parallel=parallel, recompute=recompute, train={"micro_batch_size": 2})
+    engine, *_ = minizero.initialize(model=model, config=settings)
+    blocks = model.model.layers if family == "llama" else model.transformer.h
+    counter = SavedBytes(without=model.parameters())
+    blocks[0].register_forward_pre_hook(lambda *_: counter.__enter__() and None)
+    blocks[1].register_forward_hook(lambda *_: counter.__exit__(None, None, None))
+    engine(**{key: value[:2] for key, value in batches(1)[0].items()})
+    rank = dist.get_rank() if tp > 1 else 0
+    shape = BlockShape(
+        family, batch=2, length=LENGTH, hidden=24, heads=4 // tp, kv_heads=max(1, (kv_heads or 4) // tp), head_dim=6,
+        mlp=split_sizes(37, tp)[rank], eager=eager, ranks=tp,
+        here=2 * split_sizes(LENGTH, tp)[rank] if sequence else None,
+    )  # fmt: skip
+    element = torch.finfo(dtype).bits // 8
+    return counter.total, 2 * block_bytes(shape, mode, element) + shared_bytes(shape, element)
+
+
+@pytest.mark.parametrize(
+    ("tp", "sequence", "mode"),
+    [
+        *((1, False, mode) for mode in ("none", "selective", "full")),
+        *((2, False, mode) for mode in ("none", "selective", "full", "partitioned")),
+        *((2, True, mode) for mode in ("none", "selective", "full")),
+        (4, False, "none"), (4, True, "none"), (4, False, "partitioned"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("family", "eager"), (("llama", False), ("llama", True), ("gpt2", False)))
+def test_what_blocks_keep_is_the_closed_form(family, eager, mode, tp, sequence):
+    for dtype in (torch.float32, torch.float64):
+        for counted, formula in run_distributed(count_block, tp, family, eager, mode, tp, sequence, dtype):
+            assert counted == formula
 
 
 # ---- DeepSpeed's names ----

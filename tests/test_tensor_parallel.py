@@ -241,6 +241,33 @@ def test_cross_entropy_of_cut_logits(smoothing, z, dtype, bound):
             torch.testing.assert_close(gradient.double(), reference.grad, rtol=bound, atol=bound)
 
 
+def foreign_loss(name: str, tp: int, sequence: bool) -> tuple[list[float], Any, set[int]]:
+    """A transformers model as the engine's own: (losses it computed, logits without labels, widths that were sent)."""
+    torch.manual_seed(0)
+    engine, *_ = minizero.initialize(model=foreign(name).double(), config=settings(tp, 1, sequence))
+    losses = []
+    for batch in batches(3):
+        ids = batch["input_ids"][engine_part(engine)]
+        output = engine(input_ids=ids, labels=ids)
+        assert (output.logits is None) == (tp > 1)
+        engine.backward(output.loss)
+        engine.step()
+        losses.append(engine.result.loss)
+    payloads = {count.payload for key, count in engine.ledger.counts.items() if key[0] == "tp"}
+    with torch.no_grad():
+        return losses, engine(input_ids=batches(1)[0]["input_ids"]).logits, payloads
+
+
+@pytest.mark.parametrize("name", ("hf_llama", "hf_qwen3", "hf_gpt2"))
+def test_a_transformers_models_own_loss_takes_cut_logits(name):
+    losses, logits, _ = run_distributed(foreign_loss, 1, name, 1, False)[0]
+    for sequence in (False, True):
+        for found, found_logits, payloads in run_distributed(foreign_loss, 4, name, 2, sequence):
+            assert relative_error(found, losses) < 2e-6
+            torch.testing.assert_close(found_logits, logits, rtol=2e-5, atol=2e-5)
+            assert BATCH // 2 * LENGTH * VOCAB * 8 not in payloads  # logits were never gathered while training
+
+
 # ---- counting ----
 
 

@@ -105,7 +105,7 @@ class CausalAttention(nn.Module):
         each = q_BNSD.shape[1] // k_BMSD.shape[1]
         k_BNSD, v_BNSD = (x if each == 1 else x.repeat_interleave(each, dim=1) for x in (k_BMSD, v_BMSD))
         scores_BNSS = (q_BNSD * q_BNSD.shape[-1] ** -0.5) @ k_BNSD.transpose(-1, -2)
-        scores_BNSS = scores_BNSS.masked_fill(hidden(q_BNSD, documents_BS), float("-inf"))
+        scores_BNSS.masked_fill_(hidden(q_BNSD, documents_BS), float("-inf"))  # in place: the largest tensor there is
         weights_BNSS = at_least_fp32(scores_BNSS).softmax(dim=-1).to(q_BNSD.dtype)
         return self.dropout(weights_BNSS) @ v_BNSD
 

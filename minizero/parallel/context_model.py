@@ -25,6 +25,7 @@ from minizero.dist import conjugate
 from minizero.dist.collectives import Communicator
 from minizero.models.layers import IGNORED, CausalAttention, positions_and_documents
 from minizero.parallel.context import ContextAttention, ContextAxis, HeadPlan
+from minizero.parallel.foreign import foreign_decoders, is_foreign
 from minizero.utils.forward import running
 
 FOREIGN_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")
@@ -180,17 +181,6 @@ def shifted(labels_BS: Tensor) -> dict[str, Tensor]:
 
 
 # ---- transformers ----
-
-
-def is_foreign(module: nn.Module) -> bool:
-    """Whether `module` is a transformers model; without importing transformers."""
-    library = sys.modules.get("transformers")
-    return library is not None and isinstance(module, library.PreTrainedModel)
-
-
-def foreign_decoders(model: nn.Module) -> list[tuple[str, Any]]:
-    """(name, module) of each transformers decoder in `model`, without its head."""
-    return [(n, m) for n, m in model.named_modules() if is_foreign(m) and m.base_model is m]
 
 
 def join_registry(name: str, decoder: Any, axis: ContextAxis) -> None:

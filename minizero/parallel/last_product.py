@@ -1,9 +1,9 @@
 """The last matrix product of a block need not be computed again.
 
 A second pass is run for its graph: backward reads what nodes saved, and nobody reads the block's output. Most blocks
-end with a matrix product and a residual sum. The product's node saves its inputs, the sum saves nothing; so nobody needs
-the product's value, nor what tensor-parallel ranks would send to sum it up. torch's own checkpoint gains the same by
-ending the second pass early ("early stop").
+end with a matrix product and a residual sum. The product's node saves its inputs, the sum saves nothing. So nobody
+needs the product's value, nor what tensor-parallel ranks would send to sum it up. torch's own checkpoint gains the same
+by ending the second pass early ("early stop").
 
 Which product is the last is learnt from the second pass before. That its value is not needed is checked in the graph
 itself, each time: every node between it and the block's outputs must be of a kind that reads no values. Where one is
@@ -27,8 +27,10 @@ from minizero.utils.forward import values_discarded
 
 READ_NO_VALUES = frozenset(
     "AddBackward0 SubBackward0 ViewBackward0 UnsafeViewBackward0 ReshapeAliasBackward0 TransposeBackward0 "
-    "AliasBackward0 UnsqueezeBackward0 SqueezeBackward1 _ReduceFromRegionBackward _ScatterBackward".split()
+    "AliasBackward0 UnsqueezeBackward0 SqueezeBackward1 CloneBackward0 _ReduceFromRegionBackward "
+    "_ScatterBackward".split()
 )
+PRODUCTS_OF_TORCH = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 NEVER = 0
 
 # Products of a block's second pass; `NEVER` where the last one's value turned out to be needed.
@@ -56,7 +58,7 @@ def second_pass(module: nn.Module | None, run: Callable[[], list[Tensor]]) -> li
 
 
 class ProductCounter(TorchFunctionMode):
-    """Counts calls of `F.linear`, and leaves out the computation of number `last`.
+    """Counts matrix products, and leaves out the computation of number `last`.
 
     Attributes:
         seen: calls. skipped: number of the autograd node of the one that was left out.
@@ -68,21 +70,30 @@ class ProductCounter(TorchFunctionMode):
         self.skipped: int | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.linear:
+        self.seen += func in PRODUCTS_OF_TORCH
+        if func not in PRODUCTS_OF_TORCH or self.seen != self.last:
             return func(*args, **(kwargs or {}))
-        self.seen += 1
-        if self.seen != self.last:
-            return func(*args, **(kwargs or {}))
-        return self._skip(*args, **(kwargs or {}))
+        skip = self._skip_linear if func is F.linear else self._skip_matmul
+        return skip(*args, **(kwargs or {}))
 
-    def _skip(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        values_discarded.append(True)
+    def _skip_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not torch.is_grad_enabled():  # inside a Function of ours, whose node has just been made
-            self.skipped = newest_node()
+            self._skipped(newest_node())
             return input.new_empty(*input.shape[:-1], weight.shape[0])
-        y = _Linear.apply(input, weight, bias)
-        self.skipped = y.grad_fn._sequence_nr() if y.grad_fn is not None else newest_node()
+        return self._skipped_node(_Linear.apply(input, weight, bias))
+
+    def _skip_matmul(self, input: Tensor, other: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or input.dim() < 2 or input.shape[:-2] != other.shape[:-2]:
+            return torch.matmul(input, other)
+        return self._skipped_node(_Matmul.apply(input, other))
+
+    def _skipped_node(self, y: Tensor) -> Tensor:
+        self._skipped(newest_node() if y.grad_fn is None else y.grad_fn._sequence_nr())
         return y
+
+    def _skipped(self, number: int) -> None:
+        self.skipped = number
+        values_discarded.append(True)
 
     def __exit__(self, *failure: Any) -> None:
         if self.skipped is not None:
@@ -105,6 +116,21 @@ class _Linear(Function):
         dx = (dy_TF @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
         dw = dy_TF.t() @ x_TH if ctx.needs_input_grad[1] else None
         return dx, dw, dy_TF.sum(dim=0) if ctx.needs_input_grad[2] else None
+
+
+class _Matmul(Function):
+    """a[.., R, K] b[.., K, C] without its value: only its place in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return a.new_empty(*a.shape[:-1], b.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (a, b), dy = ctx.saved_tensors, grads[0]
+        da = dy @ b.transpose(-1, -2) if ctx.needs_input_grad[0] else None
+        return da, a.transpose(-1, -2) @ dy if ctx.needs_input_grad[1] else None
 
 
 def newest_node() -> int:

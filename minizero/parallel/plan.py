@@ -33,10 +33,12 @@ from minizero.dist import conjugate
 from minizero.dist.layout import TensorLayout
 from minizero.dist.sharding import TensorShard, split_sizes
 from minizero.models.dropout import Dropout
+from minizero.parallel.foreign import has_causal_loss
 from minizero.parallel.random import draw_from
 from minizero.parallel.tensor import (
     ColumnParallelLinear,
     RowParallelLinear,
+    ShiftedVocabParallelLoss,
     TensorAxis,
     VocabParallelEmbedding,
     VocabParallelLoss,
@@ -223,13 +225,25 @@ class PlanApplication:
         return end
 
     def cut_logits(self, weight: nn.Parameter, sizes: list[int], name: str) -> None:
-        """The model's loss takes cut logits; who asks for logits themselves gets them whole."""
-        shard = self.layout.shards[weight]
-        self.model.loss = VocabParallelLoss(self.axis.comm, shard)
+        """The model's loss takes cut logits; who asks for logits themselves gets them whole.
+
+        A transformers model that was given labels then has no logits in its output: a part would be taken for all.
+        """
+        shard, comm = self.layout.shards[weight], self.axis.comm
+        foreign = has_causal_loss(self.model)
+        if foreign:
+            model: Any = self.model
+            model.loss_function = ShiftedVocabParallelLoss(comm, shard)
+        else:
+            self.model.loss = VocabParallelLoss(comm, shard)
 
         def gather(module: nn.Module, args: Any, output: Any) -> Any:
-            is_logits = isinstance(output, Tensor)
-            return conjugate.gather_features(output, self.axis.comm, name, sizes) if is_logits else output
+            if isinstance(output, Tensor):
+                return conjugate.gather_features(output, comm, name, sizes)
+            if foreign:
+                whole = output.loss is None
+                output.logits = conjugate.gather_features(output.logits, comm, name, sizes) if whole else None
+            return output
 
         self.model.register_forward_hook(gather)
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
@@ -97,8 +97,12 @@ class Call:
             with self.state.restored(), torch.enable_grad():
                 return [leaf for leaf in tree_leaves(self.function(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
-        outputs = second_pass(None if self.options.check else module_of(self.function), run)
+        module = module_of(self.function)
+        outputs = second_pass(None if self.options.check else module, run)
         self._compare(outputs)
+        if module is not None and module not in LOOKED_AT:
+            refuse_tensors_left_behind(module)
+            LOOKED_AT.add(module)
         return outputs
 
     def _compare(self, outputs: list[Tensor]) -> None:
@@ -225,6 +229,25 @@ def captured_by(function: Any) -> list[Tensor] | None:
     if module is None or module not in CAPTURED:
         return None
     return [*dict.fromkeys([*module.parameters(), *CAPTURED[module]])]
+
+
+# Modules that were seen to leave no tensor behind.
+LOOKED_AT: WeakSet[nn.Module] = WeakSet()
+
+
+def refuse_tensors_left_behind(module: nn.Module) -> None:
+    """Raise RecomputeError when `module` keeps a tensor with a graph on itself, after its second pass.
+
+    The first pass left that tensor without one: who used it there, for an auxiliary loss say, has no gradient.
+    """
+    for name, part in module.named_modules():
+        for key, value in vars(part).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                where = f"{name}.{key}".lstrip(".")
+                raise RecomputeError(
+                    f"{type(module).__name__} leaves a tensor behind in {where}: the first pass computed it without a "
+                    "graph, and its gradient is lost. Return it from the block, or do not checkpoint that block"
+                )
 
 
 def remember_captured(function: Any, seen: dict[Tensor, None]) -> list[Tensor]:

@@ -19,7 +19,7 @@ from minizero.config.schema import RecomputeConfig
 from minizero.models.layers import CausalAttention
 from minizero.parallel.activation_memory import SavedBytes
 from minizero.parallel.context import ContextAttention
-from minizero.parallel.context_model import foreign_decoders
+from minizero.parallel.foreign import foreign_decoders
 from minizero.parallel.plan import same_parts
 from minizero.parallel.recompute import Options, PassState, checkpoint_block, current_options
 

@@ -236,6 +236,34 @@ def vocab_parallel_cross_entropy(
     return loss_T.masked_fill(~counted_T, 0.0)
 
 
+class ShiftedVocabParallelLoss:
+    """transformers' `ForCausalLMLoss` from cut logits: the mean over the labels that count, each the next token.
+
+    Takes the place of a model's `loss_function`; arguments are named as there. What that ignores, this does too.
+    """
+
+    def __init__(self, comm: Communicator, shard: TensorShard) -> None:
+        self.comm, self.shard = comm, shard
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **ignored: Any,
+    ) -> Tensor:
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
+        labels_T = shift_labels.flatten()
+        loss_T = vocab_parallel_cross_entropy(
+            logits.flatten(0, 1), labels_T, self.comm, self.shard, ignored=ignore_index
+        )
+        return loss_T.sum() / ((labels_T != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
 class VocabParallelLoss(nn.Module):
     """(sum of the losses, number of labels that count) from cut logits: what our models' loss is over whole ones."""
 

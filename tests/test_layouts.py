@@ -1,0 +1,184 @@
+"""Any layout trains as one process does: every pair of features, and a sample of all of them together.
+
+A cell is one choice of each feature. `covering` picks few cells that hold every pair of choices that can go together.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import combinations, product
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_distributed
+from test_tensor_parallel import randomized
+from torch import Tensor, nn
+from training import relative_error
+
+import minizero
+from minizero.config.schema import ModelConfig
+from minizero.models import build
+
+VOCAB, LENGTH, BATCH, STEPS = 19, 7, 8, 10
+FEATURES: dict[str, tuple[Any, ...]] = {
+    "tp": (1, 2, 4),
+    "sequence": (False, True),
+    "context": ("none", "ring", "ulysses"),
+    "stage": (0, 1, 2, 3),
+    "recompute": ("none", "selective", "full", "partitioned"),
+    "family": ("llama", "gpt2"),
+}
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"mode": "selective"},
+    "full": {"mode": "full"},
+    "partitioned": {"mode": "full", "partition_activations": True},
+}
+Cell = tuple[Any, ...]
+
+
+def legal(cell: dict[str, Any]) -> bool:
+    """Sequence parallel needs tensor parallel ranks; partitioning needs inputs that they hold alike."""
+    tp = cell.get("tp", 2)
+    whole_inputs = tp > 1 and not cell.get("sequence", False)
+    return (tp > 1 or not cell.get("sequence", False)) and (cell.get("recompute") != "partitioned" or whole_inputs)
+
+
+def covering() -> list[Cell]:
+    """Cells among which every legal pair of choices occurs, picked greedily."""
+    cells = [cell for cell in product(*FEATURES.values()) if legal(dict(zip(FEATURES, cell, strict=True)))]
+    random.Random(0).shuffle(cells)
+    missing = {pair for cell in cells for pair in pairs(cell)}
+    chosen = []
+    while missing:
+        best = max(cells, key=lambda cell: len(missing & pairs(cell)))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+def pairs(cell: Cell) -> set[tuple[Any, ...]]:
+    return set(combinations(zip(FEATURES, cell, strict=True), 2))
+
+
+CELLS = covering()
+SAMPLE = [
+    cell
+    for cell in random.Random(1).sample(list(product(*FEATURES.values())), 60)
+    if legal(dict(zip(FEATURES, cell, strict=True))) and cell not in CELLS
+][:8]
+
+
+def test_the_cells_hold_every_pair():
+    assert 12 <= len(CELLS) <= 24 and len(SAMPLE) == 8
+    held = {pair for cell in CELLS for pair in pairs(cell)}
+    for (one, ones), (two, twos) in combinations(FEATURES.items(), 2):
+        for a, b in product(ones, twos):
+            assert (((one, a), (two, b)) in held) == legal({one: a, two: b}), (one, a, two, b)
+
+
+def make(family: str, dtype: torch.dtype) -> nn.Module:
+    """12 heads of width 2: 3 per rank at tp 4, which Ulysses cuts into 2 and 1."""
+    torch.manual_seed(0)
+    kv_heads = 4 if family == "llama" else None
+    config = ModelConfig(
+        family=family, hidden_size=24, num_layers=2, num_heads=12, num_kv_heads=kv_heads, intermediate_size=37
+    )
+    return randomized(build(config, VOCAB, LENGTH)).to(dtype)
+
+
+def batches(steps: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(steps):
+        tokens = torch.randint(VOCAB, (BATCH, LENGTH + 1), generator=generator)
+        labels = tokens[:, 1:].masked_fill(torch.rand(BATCH, LENGTH, generator=generator) < 0.2, -100)
+        found.append({"input_ids": tokens[:, :-1], "labels": labels})
+    return found
+
+
+def train_plainly(family: str, dtype: torch.dtype, steps: int) -> tuple[list[float], list[float]]:
+    """torch alone."""
+    model = make(family, dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    losses, norms = [], []
+    for batch in batches(steps):
+        total, count = model(**batch)
+        (total / count).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float((total / count).detach()))
+    return losses, norms
+
+
+def settings(cell: Cell, accumulation: int = 1, **more: Any) -> minizero.Config:
+    tp, sequence, context, stage, recompute, _ = cell
+    cp = 1 if context == "none" else 2
+    dp = dist.get_world_size() // tp // cp
+    return minizero.Config(
+        parallel={"tp": tp, "sequence": sequence, "cp": cp, "context": "ring" if cp == 1 else context},
+        recompute=RECOMPUTE[recompute],
+        zero={"stage": stage},
+        train={
+            "micro_batch_size": BATCH // dp // accumulation,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": 0.5,
+        },
+        optimizer={"lr": 1e-3, "weight_decay": 0.1},
+        dist={"timeout": 30.0},
+        **more,
+    )
+
+
+def train(cell: Cell, dtype: torch.dtype, steps: int, accumulation: int = 1, **more: Any) -> Any:
+    model = make(cell[-1], dtype)
+    engine, *_ = minizero.initialize(model=model, config=settings(cell, accumulation, **more))
+    losses, norms = [], []
+    for batch in batches(steps):
+        parts = {k: v.view(accumulation, engine.dp_size, -1, LENGTH)[:, engine.dp_rank] for k, v in batch.items()}
+        micro = [{key: part[index] for key, part in parts.items()} for index in range(accumulation)]
+        losses.append(float(engine.train_batch(iter(micro))))
+        norms.append(engine.get_global_grad_norm())
+    return losses, norms
+
+
+def world_of(cell: Cell) -> int:
+    """Two data-parallel ranks where they fit into eight."""
+    ranks = cell[0] * (1 if cell[2] == "none" else 2)
+    return ranks if ranks == 8 else 2 * ranks
+
+
+@pytest.mark.parametrize(("dtype", "bound"), ((torch.float32, 2e-6), (torch.float64, 1e-10)))
+@pytest.mark.parametrize("cell", [*CELLS, *SAMPLE], ids=lambda cell: "-".join(map(str, cell)))
+def test_a_layout_trains_as_one_process(cell, dtype, bound):
+    steps = STEPS if dtype == torch.float32 else 4
+    losses, norms = train_plainly(cell[-1], dtype, steps)
+    accumulation = 2 if cell[3] % 2 else 1
+    for found, found_norms in run_distributed(train, world_of(cell), cell, dtype, steps, accumulation):
+        assert relative_error(found, losses) < bound
+        assert relative_error(found_norms, norms) < bound
+
+
+@pytest.mark.parametrize("precision", ("bf16", "fp16"))
+@pytest.mark.parametrize(
+    "cell",
+    (
+        (2, False, "none", 3, "partitioned", "llama"),
+        (2, True, "none", 2, "full", "gpt2"),
+        (1, False, "ring", 3, "selective", "llama"),
+        (2, True, "ulysses", 1, "none", "llama"),
+    ),
+    ids=lambda cell: "-".join(map(str, cell)),
+)
+def test_sixteen_bit_layouts_stay_near_one_process(cell, precision):
+    """16-bit sums round differently in each layout: the bound is that of one process in 16 bits against fp32."""
+    losses, _ = train_plainly(cell[-1], torch.float32, STEPS)
+    scale = {"loss_scale": {"initial_power": 8}} if precision == "fp16" else {}
+    plain = (1, False, "none", 0, "none", cell[-1])
+    ((alone, _),) = run_distributed(train, 1, plain, torch.float32, STEPS, 1, precision=precision, **scale)
+    reports = run_distributed(train, world_of(cell), cell, torch.float32, STEPS, 1, precision=precision, **scale)
+    assert all(report == reports[0] for report in reports)
+    assert relative_error(reports[0][0], losses) < max(2 * relative_error(alone, losses), 5e-3)
