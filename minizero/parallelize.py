@@ -78,7 +78,7 @@ def parallelize(model: nn.Module, config: Config, data: Communicator, device: to
     layout = cut_layers(model, config, tensor)
     axis = ContextAxis(context, config.parallel.context)
     refuse_few_heads(model, axis)
-    apply_context(model, axis)
+    apply_context(model, axis, tensor.size if config.parallel.sequence else 1)
     apply_recompute(model, config.recompute, blocks, agreement(tensor, context, device))
     streams = None
     if tensor.size > 1 and foreign:

@@ -377,9 +377,11 @@ def misuse(kind: str) -> None:
     elif kind == "argument":
         batch["weights"] = torch.ones(BATCH, LENGTH)
         model = Weighted(model)
+    elif kind == "short parts":
+        more = {"tp": 4, "cp": 2, "sequence": True}
     elif kind == "heads":
         more = {"context": "ulysses"}
-    config = minizero.Config(parallel={"cp": world, **more}, train={"micro_batch_size": 1}, dist={"timeout": 20.0})
+    config = minizero.Config(parallel={**{"cp": world}, **more}, train={"micro_batch_size": 1}, dist={"timeout": 20.0})
     engine, *_ = minizero.initialize(model=model, config=config)
     engine(**batch)
 
@@ -411,6 +413,7 @@ class Weighted(nn.Module):
     ("kind", "world", "message"),
     (
         ("short", 4, r"parallel.cp = 4: a sequence of 3 tokens is shorter; legal: at least 4"),
+        ("short parts", 8, r"parallel.cp = 2 leaves 3 of 7 tokens to a rank, fewer than parallel.tp = 4 .* at least 8"),
         ("wrapper", 2, r"parallel.cp = 2: Foreign does not say which of its arguments hold the sequence"),
         ("no attention", 2, r"parallel.cp = 2: Bare has no attention that can span ranks"),
         ("dropout", 2, r"transformer.h.0.attn.attend has attention dropout 0.1; ring attention never holds"),

@@ -21,7 +21,7 @@ import minizero
 from minizero.config.schema import ModelConfig
 from minizero.models import build
 
-VOCAB, LENGTH, BATCH, STEPS = 19, 7, 8, 10
+VOCAB, LENGTH, BATCH, STEPS = 19, 15, 8, 10
 FEATURES: dict[str, tuple[Any, ...]] = {
     "tp": (1, 2, 4),
     "sequence": (False, True),

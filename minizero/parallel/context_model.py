@@ -36,8 +36,11 @@ NOT_BUILT = ("sliding_window", "softcap", "s_aux", "head_mask")  # of transforme
 AXES: WeakKeyDictionary[nn.Module, tuple[ContextAxis, str]] = WeakKeyDictionary()
 
 
-def apply_context(model: nn.Module, axis: ContextAxis) -> None:
+def apply_context(model: nn.Module, axis: ContextAxis, sequence_ranks: int = 1) -> None:
     """Make `model` context parallel over `axis`, in place.
+
+    Args:
+        sequence_ranks: over how many ranks sequence parallelism cuts what this axis leaves to a rank.
 
     Raises ValueError, saying why, for a model that cannot be.
     """
@@ -62,7 +65,7 @@ def apply_context(model: nn.Module, axis: ContextAxis) -> None:
         setattr(parent, name.rpartition(".")[2], ContextAttention(axis, name))
     for name, decoder in foreign:
         join_registry(name, decoder, axis)
-    entry = Entry(model, axis, inputs, is_foreign(model))
+    entry = Entry(model, axis, inputs, is_foreign(model), sequence_ranks)
     model.register_forward_pre_hook(entry.cut, with_kwargs=True)
     model.register_forward_hook(entry.join, with_kwargs=True)
 
@@ -70,8 +73,10 @@ def apply_context(model: nn.Module, axis: ContextAxis) -> None:
 class Entry:
     """Cuts what enters the model, and makes whole what leaves it and is not a part by right."""
 
-    def __init__(self, model: nn.Module, axis: ContextAxis, inputs: tuple[str, ...], foreign: bool) -> None:
-        self.axis, self.inputs, self.foreign = axis, inputs, foreign
+    def __init__(
+        self, model: nn.Module, axis: ContextAxis, inputs: tuple[str, ...], foreign: bool, sequence_ranks: int
+    ) -> None:
+        self.axis, self.inputs, self.foreign, self.sequence_ranks = axis, inputs, foreign, sequence_ranks
         self.signature = inspect.signature(model.forward)
 
     def cut(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -118,6 +123,11 @@ class Entry:
         total = next(iter(lengths.values()))
         if total < size:
             raise ValueError(f"parallel.cp = {size}: a sequence of {total} tokens is shorter; legal: at least {size}")
+        if total // size < self.sequence_ranks:  # said by all ranks, also those that would have enough
+            raise ValueError(
+                f"parallel.cp = {size} leaves {total // size} of {total} tokens to a rank, fewer than parallel.tp = "
+                f"{self.sequence_ranks} ranks for parallel.sequence; legal: at least {size * self.sequence_ranks}"
+            )
         return total
 
     def join(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
