@@ -74,7 +74,7 @@ def parallelize(model: nn.Module, config: Config, data: Communicator, device: to
     tensor, context = data.along("tp"), data.along("cp")
     number_dropouts(model)
     foreign = foreign_dropout(model)
-    blocks = list(repeated_children(model))
+    blocks = list(repeated_children(model)) or only_children(model)
     layout = cut_layers(model, config, tensor)
     axis = ContextAxis(context, config.parallel.context)
     refuse_few_heads(model, axis)
@@ -88,6 +88,12 @@ def parallelize(model: nn.Module, config: Config, data: Communicator, device: to
         )
         streams = RandomStreams(config.train.seed, data.rank, tensor.rank, device)
     return Parallelized(layout, recompute_options(config, tensor), streams)
+
+
+def only_children(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of what lists hold in a model in which nothing repeats: one block is a block."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return [(f"{name}.{key}", child) for name, module in lists for key, child in module.named_children()]
 
 
 def cut_layers(model: nn.Module, config: Config, axis: Communicator) -> TensorLayout | None:

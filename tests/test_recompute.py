@@ -401,6 +401,19 @@ def kept(mode: str) -> int:
     return saved.total
 
 
+def kept_by_one_layer(mode: str) -> int:
+    model = build(ModelConfig(hidden_size=24, num_layers=1, num_heads=4), VOCAB, LENGTH)
+    config = minizero.Config(recompute=MODES.get(mode, {}), train={"micro_batch_size": BATCH})
+    engine, *_ = minizero.initialize(model=model, config=config)
+    with SavedBytes(without=model.parameters()) as saved:
+        engine(**batches(1)[0])
+    return saved.total
+
+
+def test_a_single_layer_is_a_block_too():
+    assert run_distributed(kept_by_one_layer, 1, "full")[0] < run_distributed(kept_by_one_layer, 1, "")[0]
+
+
 def test_more_recompute_keeps_less():
     none, selective, half, full = (
         run_distributed(kept, 1, mode)[0] for mode in ("", "selective", "every second", "full")
