@@ -2,8 +2,8 @@
 
     python -m benchmarks.recompute_step [--rounds 11] [--steps 2]
 
-fp32, two ranks with one thread each, gloo. Three groups, compared within themselves; ranks of the first two compute
-alike and without communication, those of the third are tensor parallel:
+fp32, two ranks with one thread each, gloo. Three groups, each interleaved and compared within itself; ranks of the first
+two compute alike and without communication, those of the third are tensor parallel:
 
     fused   torch's fused attention:  4 layers of 512, 8 heads,  batch 2 x 512 tokens
     eager   materialised attention:   1 layer of 2048, 64 heads, batch 1 x 1024 tokens
@@ -199,7 +199,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="steps per round and contender; their median counts")
     options = parser.parse_args()
     by_name = {name: Contender(name, build, WORLD) for name, build in contenders().items()}
-    interleave(list(by_name.values()), options.rounds, options.steps, warmup=1)
+    for group in SHAPES:  # one after the other: together they would not fit into memory
+        interleave([c for name, c in by_name.items() if name.startswith(f"{group}-")], options.rounds, options.steps, 1)
     result = summarize(by_name, options.rounds)
     for name, row in result["contenders"].items():
         time, kept = row["time_to_none"], row["saved_bytes"]

@@ -106,6 +106,8 @@ def initialize(
     loader = make_loader(training_data, collate_fn, comm.along("dp"), batch.micro_batch_size, settings)
     if dist.get_rank() == 0:
         print(dtype_table(runtime), flush=True)
+    entry = ForwardEntry(model, seed=settings.train.seed, recompute=parallel.recompute, streams=parallel.streams)
+    entry.hooks += parallel.undo
     engine = Engine(
         module=model,
         optimizer=sharded,
@@ -117,7 +119,7 @@ def initialize(
         batch=batch,
         config=settings,
         dataloader=loader,
-        entry=ForwardEntry(model, seed=settings.train.seed, recompute=parallel.recompute, streams=parallel.streams),
+        entry=entry,
     )
     return engine, sharded, loader, schedule
 
@@ -159,6 +161,8 @@ def join(settings: Config, model: nn.Module) -> tuple[DeviceMesh, Communicator, 
         keep_freed_memory()
         if "cpu" in (settings.zero.offload_optimizer, settings.zero.offload_param):
             warn_once("offload to the CPU on a CPU run: everything is in host memory already, there is nothing to move")
+        if settings.recompute.cpu_checkpointing:
+            warn_once("recompute.cpu_checkpointing on a CPU run: activations are in host memory already")
     # Compared without checks and with plain messages: those are settings too, and may be what differs.
     compare_over_ranks(Communicator(mesh, WORLD, CommLedger(), transport="messages", timeout=timeout), settings, model)
     comm = Communicator(

@@ -24,6 +24,7 @@ from minizero.parallel.random import RandomStreams, foreign_dropout
 from minizero.parallel.recompute import Options
 from minizero.parallel.recompute_model import Agree, apply_recompute
 from minizero.parallel.tensor import TensorAxis
+from minizero.utils.undo import Removable
 from minizero.utils.warnings import warn_once
 from minizero.zero.units import repeated_children
 
@@ -56,11 +57,13 @@ class Parallelized:
         layout: what tensor parallelism leaves to this rank; None where it has only one.
         recompute: how checkpointed blocks keep what they keep.
         streams: where dropout that is not ours draws from; None: from torch's default generator.
+        undo: takes context parallelism and checkpointing off the model again.
     """
 
     layout: TensorLayout | None
     recompute: Options
     streams: RandomStreams | None
+    undo: list[Removable]
 
 
 def parallelize(model: nn.Module, config: Config, data: Communicator, device: torch.device) -> Parallelized:
@@ -78,8 +81,8 @@ def parallelize(model: nn.Module, config: Config, data: Communicator, device: to
     layout = cut_layers(model, config, tensor)
     axis = ContextAxis(context, config.parallel.context)
     refuse_few_heads(model, axis)
-    apply_context(model, axis, tensor.size if config.parallel.sequence else 1)
-    apply_recompute(model, config.recompute, blocks, agreement(tensor, context, device))
+    undo = apply_context(model, axis, tensor.size if config.parallel.sequence else 1)
+    undo += apply_recompute(model, config.recompute, blocks, agreement(tensor, context, device))
     streams = None
     if tensor.size > 1 and foreign:
         warn_once(
@@ -87,7 +90,7 @@ def parallelize(model: nn.Module, config: Config, data: Communicator, device: to
             "from layout to layout. Those of minizero.models.dropout.Dropout do not."
         )
         streams = RandomStreams(config.train.seed, data.rank, tensor.rank, device)
-    return Parallelized(layout, recompute_options(config, tensor), streams)
+    return Parallelized(layout, recompute_options(config, tensor), streams, undo[::-1])
 
 
 def only_children(model: nn.Module) -> list[tuple[str, nn.Module]]:

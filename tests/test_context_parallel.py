@@ -22,6 +22,7 @@ from minizero.dist.collectives import Communicator
 from minizero.dist.dims import ParallelDims
 from minizero.dist.ledger import CommLedger
 from minizero.dist.mesh import build_mesh
+from minizero.engine import loss_of
 from minizero.models import build
 from minizero.models.layers import hidden
 from minizero.parallel.context import ContextAxis, HeadPlan, Ring, ring_attention, ulysses_attention
@@ -291,6 +292,59 @@ def test_unmodified_transformers_models_train_as_one_process(name, context, tp):
     for report in run_distributed(train, 4, name, 2, context, 4, torch.float64, tp, 3, False, 2):
         assert relative_error(report["losses"], losses) < bound
         assert relative_error(report["norms"], norms) < bound
+
+
+# ---- checkpoints ----
+
+
+def save_then(folder: str, cp: int, again: int) -> tuple[list[float], list[float]]:
+    """(losses after the save, losses of a run of `again` context-parallel ranks that resumed there)."""
+
+    def steps(engine: Any, which: slice) -> list[float]:
+        size = BATCH // engine.dp_size
+        part = slice(engine.dp_rank * size, (engine.dp_rank + 1) * size)
+        return [float(engine.train_batch(iter([{k: v[part] for k, v in b.items()}]))) for b in batches(4)[which]]
+
+    straight, resumed = (
+        minizero.initialize(model=make("llama").double(), config=settings(size, "ring", 1, 3, False, 1))[0]
+        for size in (cp, again)
+    )
+    steps(straight, slice(0, 2))
+    straight.save_checkpoint(folder)
+    resumed.load_checkpoint(folder)
+    return steps(straight, slice(2, 4)), steps(resumed, slice(2, 4))
+
+
+@pytest.mark.parametrize(("cp", "again"), ((2, 2), (2, 1), (1, 4)))
+def test_a_checkpoint_resumes_with_another_degree_on_as_many_ranks(tmp_path, cp, again):
+    for straight, resumed in run_distributed(save_then, 4, str(tmp_path), cp, again):
+        assert relative_error(resumed, straight) < 1e-10
+
+
+def destroyed(name: str) -> tuple[Tensor, Tensor]:
+    """Logits of a model before and after it belonged to a context-parallel, checkpointing engine that never stepped."""
+    torch.manual_seed(0)
+    model = make("llama") if name == "llama" else foreign(name)
+    ids = batches(1)[0]["input_ids"]
+
+    def logits_of() -> Tensor:
+        with torch.no_grad():
+            out = model(input_ids=ids)
+        return getattr(out, "logits", out).clone()
+
+    before = logits_of()
+    for mode in ("selective", "full"):
+        config = settings(2, "ring", 1, 0, False, 1, recompute={"mode": mode})
+        engine, *_ = minizero.initialize(model=model, config=config)
+        engine.backward(loss_of(engine(input_ids=ids[:4], labels=ids[:4])))
+        engine.destroy()
+    return before, logits_of()
+
+
+@pytest.mark.parametrize("name", ("llama", "hf_llama"))
+def test_a_destroyed_engine_leaves_an_ordinary_model(name):
+    for before, after in run_distributed(destroyed, 2, name):
+        torch.testing.assert_close(after, before)
 
 
 # ---- packed documents, padding, and losses that transformers' models compute ----

@@ -16,11 +16,12 @@ import minizero
 from minizero.config.schema import ModelConfig
 from minizero.models import build
 from minizero.models.dropout import Dropout, hash_samples, number_dropouts
+from minizero.parallel.random import RandomStreams
 from minizero.utils.forward import Forward, forward_of
 
 
 def given(step: int = 0, seed: int = 0, samples: int = 64) -> Forward:
-    return Forward(seed=seed, step=step, inputs_B=torch.arange(samples)[:, None] + torch.zeros(1, 5).long())
+    return Forward(seed=seed, step=step, inputs=(torch.arange(samples)[:, None] + torch.zeros(1, 5).long(),))
 
 
 def masks(p: float = 0.3, **of: int) -> torch.Tensor:
@@ -52,16 +53,16 @@ def test_elements_samples_steps_seeds_and_modules_are_independent():
 def test_the_mask_is_a_function_of_the_sample_not_of_its_place():
     layer, x = Dropout(0.5), torch.ones(4, 6, 8)
     tokens = torch.arange(20).view(4, 5)
-    with forward_of(Forward(inputs_B=tokens)):
+    with forward_of(Forward(inputs=(tokens,))):
         straight = layer(x)
-    with forward_of(Forward(inputs_B=tokens.flip(0))):
+    with forward_of(Forward(inputs=(tokens.flip(0),))):
         turned = layer(x)
     assert torch.equal(straight, turned.flip(0)) and not torch.equal(straight, turned)
 
 
 def test_gradients_pass_where_values_do():
     layer, x = Dropout(0.4), torch.randn(3, 5, 7, dtype=torch.float64, requires_grad=True)
-    with forward_of(Forward(inputs_B=torch.arange(3))):
+    with forward_of(Forward(inputs=(torch.arange(3),))):
         y = layer(x)
     y.sum().backward()
     assert torch.equal(x.grad, (y != 0).double() / 0.6)
@@ -70,13 +71,14 @@ def test_gradients_pass_where_values_do():
 
 def test_inputs_of_any_dtype_tell_samples_apart():
     for dtype in (torch.int64, torch.int32, torch.float32, torch.bfloat16, torch.float64):
-        keys = hash_samples(torch.arange(12).view(4, 3).to(dtype))
+        keys = hash_samples((torch.arange(12).view(4, 3).to(dtype),))
         assert keys.dtype == torch.int32 and len(set(keys.tolist())) == 4
-    assert hash_samples(torch.tensor([[1, 2], [2, 1]])).unique().numel() == 2
+    assert hash_samples((torch.tensor([[1, 2], [2, 1]]),)).unique().numel() == 2
+    assert hash_samples((torch.zeros(2, 3), torch.tensor([1, 2]))).unique().numel() == 2
 
 
 def test_a_batch_that_is_not_on_the_first_dim_is_refused():
-    with forward_of(Forward(inputs_B=torch.arange(3))), pytest.raises(ValueError, match="length 6, but .* 3 samples"):
+    with forward_of(Forward(inputs=(torch.arange(3),))), pytest.raises(ValueError, match="length 6, but .* 3 samples"):
         Dropout(0.5)(torch.ones(6, 2, 2))
     with pytest.raises(ValueError, match=r"got a tensor of shape \(6, 2\)"):
         Dropout(0.5)(torch.ones(6, 2))
@@ -137,3 +139,70 @@ def test_training_with_dropout_is_the_same_in_every_layout(world, stage, accumul
     for found, found_norms in run_distributed(train, world, attention_dropout, 3, stage, accumulation, parallel):
         assert relative_error(found, losses) < 1e-10
         assert relative_error(found_norms, norms) < 1e-10
+
+
+# ---- dropout that is not ours ----
+
+
+def foreign_gpt2(tp: int, sequence: bool, mode: str, steps: int) -> Any:
+    """transformers' GPT-2 with all of its dropout: losses, norms, whole weights, and torch's generator afterwards."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 16, "n_inner": 37}
+    config = transformers.GPT2Config(**sizes, resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3, use_cache=False)
+    model = transformers.GPT2LMHeadModel(config).double()
+    settings = minizero.Config(
+        parallel={"tp": tp, "sequence": sequence},
+        recompute={"mode": mode},
+        train={"micro_batch_size": 4},
+        optimizer={"lr": 3e-3},
+        dist={"timeout": 20.0},
+    )
+    engine, *_ = minizero.initialize(model=model, config=settings)
+    torch.manual_seed(5)
+    losses = []
+    for batch in batches(steps):
+        loss = engine(input_ids=batch["input_ids"][:4], labels=batch["input_ids"][:4]).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(engine.result.loss)
+    untouched = torch.rand(1)
+    weights = {name: value.clone() for name, value in engine.runtime.whole_parameters()}
+    return losses, weights, untouched
+
+
+@pytest.mark.parametrize("sequence", (False, True))
+def test_foreign_dropout_repeats_under_recompute_and_agrees_over_ranks(sequence):
+    reports = run_distributed(foreign_gpt2, 2, 2, sequence, "none", 3)
+    for mode in ("full", "selective"):
+        for (losses, weights, _), (found, again, _) in zip(
+            reports, run_distributed(foreign_gpt2, 2, 2, sequence, mode, 3), strict=True
+        ):
+            assert relative_error(found, losses) < 1e-12
+            assert all(torch.allclose(again[key], weights[key], rtol=1e-9, atol=1e-12) for key in weights)
+    first, second = reports
+    assert first[0] == second[0]
+    assert all(torch.equal(first[1][key], second[1][key]) for key in first[1])  # copies have not drifted apart
+    torch.manual_seed(5)
+    assert torch.equal(first[2], torch.rand(1))  # the caller's generator is the caller's
+
+
+def streams_drawn() -> dict[str, list[float]]:
+    rank = dist.get_rank()
+    streams = RandomStreams(seed=3, data_rank=7, tensor_rank=rank, device=torch.device("cpu"))
+    drawn: dict[str, list[float]] = {"whole": [], "part": []}
+    for _ in range(2):
+        streams.begin()
+        for name in ("whole", "part", "whole", "part"):
+            streams.use(name)
+            drawn[name].append(float(torch.rand(1)))
+        streams.end()
+    return drawn
+
+
+def test_streams_agree_where_tensors_are_whole_and_differ_where_they_are_parts():
+    first, second = run_distributed(streams_drawn, 2)
+    assert first["whole"] == second["whole"] and not set(first["part"]) & set(second["part"])
+    everything = [*first["whole"], *first["part"], *second["part"]]
+    assert len(set(everything)) == len(everything)

@@ -157,7 +157,7 @@ class Ending(nn.Module):
         if self.end == "a second output":
             return x + y, y.square()
         if self.end == "from time to time":
-            return x + (y if float(x.sum()) > 0 else y.sigmoid())
+            return x + (y if x.detach().sum() > 0 else y.sigmoid())
         ends = {
             "norm": self.norm,
             "tanh": torch.tanh,
@@ -387,6 +387,21 @@ def test_every_kind_of_model_is_bitwise_what_it_is_without(name, stage):
     plain, full = (run_distributed(train_toy, 2, name, stage, mode)[0] for mode in ("", "full"))
     assert plain[:2] == full[:2]
     assert all(torch.equal(full[2][key], value) for key, value in plain[2].items())
+
+
+def destroyed() -> bool:
+    model = make("llama")
+    for mode in ("full", "selective", ""):
+        config = minizero.Config(recompute=MODES.get(mode, {}), train={"micro_batch_size": BATCH})
+        engine, *_ = minizero.initialize(model=model, config=config)
+        wrapped = [name for name, module in model.named_modules() if "forward" in vars(module)]
+        assert bool(wrapped) == bool(mode)
+        engine.destroy()
+    return not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_destroyed_engine_takes_its_checkpointing_along():
+    assert run_distributed(destroyed, 1)[0]
 
 
 # ---- what is kept ----

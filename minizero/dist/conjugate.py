@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from minizero.dist.collectives import Communicator
 from minizero.dist.sharding import split_sizes
-from minizero.utils.forward import values_discarded
+from minizero.utils.forward import is_discarded
 
 SEQUENCE_DIM = 1
 
@@ -76,7 +76,7 @@ class _CopyToRegion(Function):
 class _ReduceFromRegion(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: Communicator, unit: str) -> Tensor:
-        return x.view_as(x) if values_discarded else comm.all_reduce(x, unit)()
+        return x.view_as(x) if is_discarded(x) else comm.all_reduce(x, unit)()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -111,7 +111,7 @@ class _Scatter(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: Communicator, unit: str, sizes: list[int], dim: int, sums: bool) -> Tensor:
         ctx.comm, ctx.unit, ctx.sizes, ctx.dim = comm, unit, sizes, dim
-        if sums and not values_discarded:
+        if sums and not is_discarded(x):
             return comm.reduce_parts(x, sizes, dim, unit)()
         return x.split(sizes, dim=dim)[comm.rank].contiguous()
 

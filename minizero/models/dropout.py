@@ -6,7 +6,7 @@ place along each dim of the whole tensor). Whoever holds the element, whenever i
 hold copies agree, ranks that hold parts complete one another, a recomputed block repeats itself. And no mask is kept
 for backward: it is hashed again.
 
-A sample is told by the model's input, its tokens most often: equal samples of one step share a mask.
+A sample is told by what the model is given for it, its tokens most often: equal samples of one step share a mask.
 
 The hash is the 32-bit finalizer "lowbias32" (C. Wellons, "Prospecting for Hash Functions", 2018), applied once per dim.
 
@@ -62,10 +62,10 @@ class Dropout(nn.Module):
 
     def _sample_keys(self, forward: Forward | None, x: Tensor) -> Tensor:
         """int32 [B], of this module at this step."""
-        if forward is None or forward.inputs_B is None:
+        if forward is None or not forward.inputs:
             return torch.randint(-(1 << 31), 1 << 31, (x.shape[0],), device=x.device, dtype=torch.int32)
         if forward.sample_keys_B is None:
-            forward.sample_keys_B = hash_samples(forward.inputs_B)
+            forward.sample_keys_B = hash_samples(forward.inputs)
         if len(forward.sample_keys_B) != x.shape[0]:
             raise ValueError(
                 f"Dropout: the first dim of its input has length {x.shape[0]}, but the model was given "
@@ -105,8 +105,16 @@ def number_dropouts(model: nn.Module) -> None:
             module.number = zlib.crc32(name.encode())
 
 
-def hash_samples(inputs_B: Tensor) -> Tensor:
-    """int32 [B]: a key per sample, from every bit of it."""
+def hash_samples(inputs: tuple[Tensor, ...]) -> Tensor:
+    """int32 [B]: a key per sample, from every bit of its part of each of the `inputs`."""
+    keys = hash_rows(inputs[0])
+    for tensor in inputs[1:]:
+        keys = mix(keys ^ hash_rows(tensor).to(keys.device))
+    return keys
+
+
+def hash_rows(inputs_B: Tensor) -> Tensor:
+    """int32 [B], from every bit of each row."""
     flat = inputs_B.detach().reshape(len(inputs_B), -1)
     if flat.is_floating_point():
         flat = flat.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.itemsize])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,8 +28,9 @@ from minizero.models.layers import IGNORED, CausalAttention, positions_and_docum
 from minizero.parallel.context import ContextAttention, ContextAxis, HeadPlan
 from minizero.parallel.foreign import foreign_decoders, is_foreign
 from minizero.utils.forward import running
+from minizero.utils.undo import Removable, Undo
 
-FOREIGN_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")
+FOREIGN_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels")
 REGISTERED = "minizero_context"  # our name in transformers' attention registry
 NOT_BUILT = ("sliding_window", "softcap", "s_aux", "head_mask")  # of transformers' attention interface
 
@@ -36,8 +38,8 @@ NOT_BUILT = ("sliding_window", "softcap", "s_aux", "head_mask")  # of transforme
 AXES: WeakKeyDictionary[nn.Module, tuple[ContextAxis, str]] = WeakKeyDictionary()
 
 
-def apply_context(model: nn.Module, axis: ContextAxis, sequence_ranks: int = 1) -> None:
-    """Make `model` context parallel over `axis`, in place.
+def apply_context(model: nn.Module, axis: ContextAxis, sequence_ranks: int = 1) -> list[Removable]:
+    """Make `model` context parallel over `axis`, in place; returns what undoes it.
 
     Args:
         sequence_ranks: over how many ranks sequence parallelism cuts what this axis leaves to a rank.
@@ -45,7 +47,8 @@ def apply_context(model: nn.Module, axis: ContextAxis, sequence_ranks: int = 1) 
     Raises ValueError, saying why, for a model that cannot be.
     """
     if axis.comm.size == 1:
-        return
+        return []
+    undo: list[Removable] = []
     foreign = foreign_decoders(model)
     inputs = FOREIGN_INPUTS if is_foreign(model) else getattr(model, "context_inputs", ())
     if not inputs:
@@ -63,11 +66,13 @@ def apply_context(model: nn.Module, axis: ContextAxis, sequence_ranks: int = 1) 
         refuse_weights_dropout(name, core.dropout.p, axis)
         parent = model.get_submodule(name.rpartition(".")[0])
         setattr(parent, name.rpartition(".")[2], ContextAttention(axis, name))
+        undo.append(Undo(partial(setattr, parent, name.rpartition(".")[2], core)))
     for name, decoder in foreign:
-        join_registry(name, decoder, axis)
+        undo += join_registry(name, decoder, axis)
     entry = Entry(model, axis, inputs, is_foreign(model), sequence_ranks)
-    model.register_forward_pre_hook(entry.cut, with_kwargs=True)
-    model.register_forward_hook(entry.join, with_kwargs=True)
+    undo.append(model.register_forward_pre_hook(entry.cut, with_kwargs=True))
+    undo.append(model.register_forward_hook(entry.join, with_kwargs=True))
+    return undo
 
 
 class Entry:
@@ -91,9 +96,9 @@ class Entry:
         forward.positions_L, forward.total = positions_L, total
         forward.documents_BS = documents_of(given)
         if self.foreign and "labels" in given:
-            given |= shifted(given["labels"])
+            given = shifted(given["labels"]) | given
         for name in given:
-            if name in (*self.inputs, "shift_labels"):
+            if name in self.inputs:
                 given[name] = given[name].index_select(1, positions_L)
         given.pop("attention_mask", None)  # it is in the documents
         return (), given
@@ -185,16 +190,19 @@ def documents_of(given: dict[str, Any]) -> Tensor | None:
 
 
 def shifted(labels_BS: Tensor) -> dict[str, Tensor]:
-    """transformers' own shift, made before the sequence is cut: labels of the next tokens, and how many count."""
+    """transformers' own shift, made before the sequence is cut: the next tokens, and how many count.
+
+    Where the caller has given either, that stands.
+    """
     next_BS = nn.functional.pad(labels_BS, (0, 1), value=IGNORED)[:, 1:]
-    return {"labels": next_BS, "shift_labels": next_BS, "num_items_in_batch": (next_BS != IGNORED).sum()}
+    return {"shift_labels": next_BS, "num_items_in_batch": (next_BS != IGNORED).sum()}
 
 
 # ---- transformers ----
 
 
-def join_registry(name: str, decoder: Any, axis: ContextAxis) -> None:
-    """Let a transformers decoder attend over the axis. Raises ValueError when it cannot."""
+def join_registry(name: str, decoder: Any, axis: ContextAxis) -> list[Removable]:
+    """Let a transformers decoder attend over the axis; returns what undoes it. Raises ValueError when it cannot."""
     library: Any = sys.modules["transformers"]
     kind = type(decoder).__name__
     if not getattr(decoder, "_supports_attention_backend", False):
@@ -205,10 +213,12 @@ def join_registry(name: str, decoder: Any, axis: ContextAxis) -> None:
     for setting in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
         refuse_weights_dropout(f"{name}.config.{setting}".lstrip("."), getattr(config, setting, 0.0) or 0.0, axis)
     library.AttentionInterface.register(REGISTERED, registered_attention)
+    plain = config._attn_implementation
     decoder.set_attn_implementation(REGISTERED)
     for inner, module in decoder.named_modules():
         AXES[module] = (axis, f"{name}.{inner}".strip("."))
-    decoder.register_forward_pre_hook(supply_positions, with_kwargs=True)
+    handle = decoder.register_forward_pre_hook(supply_positions, with_kwargs=True)
+    return [handle, Undo(lambda: decoder.set_attn_implementation(plain))]
 
 
 def supply_positions(module: nn.Module, args: Any, kwargs: Any) -> Any:

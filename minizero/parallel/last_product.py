@@ -23,7 +23,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from minizero.utils.forward import values_discarded
+from minizero.utils.forward import discarded
 
 READ_NO_VALUES = frozenset(
     "AddBackward0 SubBackward0 ViewBackward0 UnsafeViewBackward0 ReshapeAliasBackward0 TransposeBackward0 "
@@ -78,26 +78,22 @@ class ProductCounter(TorchFunctionMode):
 
     def _skip_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not torch.is_grad_enabled():  # inside a Function of ours, whose node has just been made
-            self._skipped(newest_node())
-            return input.new_empty(*input.shape[:-1], weight.shape[0])
-        return self._skipped_node(_Linear.apply(input, weight, bias))
+            return self._skip(input.new_empty(*input.shape[:-1], weight.shape[0]))
+        return self._skip(_Linear.apply(input, weight, bias))
 
     def _skip_matmul(self, input: Tensor, other: Tensor) -> Tensor:
         if not torch.is_grad_enabled() or input.dim() < 2 or input.shape[:-2] != other.shape[:-2]:
             return torch.matmul(input, other)
-        return self._skipped_node(_Matmul.apply(input, other))
+        return self._skip(_Matmul.apply(input, other))
 
-    def _skipped_node(self, y: Tensor) -> Tensor:
-        self._skipped(newest_node() if y.grad_fn is None else y.grad_fn._sequence_nr())
+    def _skip(self, y: Tensor) -> Tensor:
+        self.skipped = newest_node() if y.grad_fn is None else y.grad_fn._sequence_nr()
+        discarded.append(y.untyped_storage()._cdata)
         return y
-
-    def _skipped(self, number: int) -> None:
-        self.skipped = number
-        values_discarded.append(True)
 
     def __exit__(self, *failure: Any) -> None:
         if self.skipped is not None:
-            values_discarded.pop()
+            discarded.pop()
         super().__exit__(*failure)
 
 

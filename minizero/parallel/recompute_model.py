@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from minizero.parallel.context import ContextAttention
 from minizero.parallel.foreign import foreign_decoders
 from minizero.parallel.plan import same_parts
 from minizero.parallel.recompute import Options, PassState, checkpoint_block, current_options
+from minizero.utils.undo import Removable, Undo
 
 Agree = Callable[[list[int]], list[int]]
 """Byte counts of this rank -> the largest of all ranks that must decide alike."""
@@ -29,8 +30,8 @@ Agree = Callable[[list[int]], list[int]]
 
 def apply_recompute(
     model: nn.Module, settings: RecomputeConfig, blocks: Sequence[tuple[str, nn.Module]], agree: Agree
-) -> None:
-    """Checkpoint what `settings` choose, in place.
+) -> list[Removable]:
+    """Checkpoint what `settings` choose, in place; returns what undoes it.
 
     Args:
         blocks: (name, module) of the model's repeated blocks, in order.
@@ -39,18 +40,17 @@ def apply_recompute(
     Raises ValueError when there is nothing of the kind in the model.
     """
     if settings.mode == "none":
-        return
+        return []
     kind = type(model).__name__
     if settings.mode == "selective":
         chosen = chosen_modules(model, settings.modules)
-        if not chosen and not (foreign_attention(model) if not settings.modules else False):
+        foreign = [] if chosen else foreign_attention(model)
+        if not chosen and not foreign:
             raise ValueError(
                 f"recompute.mode selective: {kind} has no attention that minizero knows; name modules to compute again "
                 "in recompute.modules"
             )
-        for module in chosen:
-            checkpoint_forward(module, whole=False)
-        return
+        return [*foreign, *(checkpoint_forward(module, whole=False) for module in chosen)]
     if not blocks:
         raise ValueError(
             f"recompute.mode {settings.mode}: {kind} has no repeated blocks; name modules and use selective"
@@ -58,13 +58,10 @@ def apply_recompute(
     for _, decoder in foreign_decoders(model):
         decoder.config.use_cache = False  # a cache would be filled a second time in backward
     if settings.mode == "full":
-        for _, module in blocks[:: settings.every]:
-            checkpoint_forward(module)
-        return
+        return [checkpoint_forward(module) for _, module in blocks[:: settings.every]]
     assert settings.budget is not None
     budget = ByteBudget(settings.budget, len(blocks), agree)
-    for index, (_, module) in enumerate(blocks):
-        checkpoint_forward(module, BudgetedBlock(budget, index))
+    return [checkpoint_forward(module, BudgetedBlock(budget, index)) for index, (_, module) in enumerate(blocks)]
 
 
 def chosen_modules(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
@@ -83,8 +80,8 @@ def chosen_modules(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]
     return [*found.values()]
 
 
-def checkpoint_forward(module: Any, decide: Callable[..., bool] | None = None, *, whole: bool = True) -> None:
-    """Let `module.forward` go through `checkpoint_block`.
+def checkpoint_forward(module: Any, decide: Callable[..., bool] | None = None, *, whole: bool = True) -> Undo:
+    """Let `module.forward` go through `checkpoint_block`; returns what undoes it.
 
     Args:
         decide: decide(forward, args, kwargs) says when; None: always.
@@ -99,6 +96,7 @@ def checkpoint_forward(module: Any, decide: Callable[..., bool] | None = None, *
         return checkpoint_block(forward, *args, options=options_of(whole), **kwargs)
 
     module.forward = checkpointed
+    return Undo(lambda: module.__dict__.pop("forward", None))
 
 
 def options_of(whole: bool) -> Options:
@@ -107,8 +105,9 @@ def options_of(whole: bool) -> Options:
     return options if whole else replace(options, partition=False)
 
 
-def foreign_attention(model: nn.Module) -> bool:
-    """Checkpoint the attention of transformers' decoders in `model`, between its projections; False: there are none."""
+def foreign_attention(model: nn.Module) -> list[Undo]:
+    """Checkpoint attention in `model`, between its projections, of transformers' decoders; returns what undoes it."""
+    undo = []
     decoders = [decoder for _, decoder in foreign_decoders(model)]
     for decoder in decoders:
         library: Any = sys.modules["transformers"]
@@ -131,7 +130,8 @@ def foreign_attention(model: nn.Module) -> bool:
         if plain in masking.ALL_MASK_ATTENTION_FUNCTIONS:
             library.AttentionMaskInterface.register(name, masks[plain])
         decoder.set_attn_implementation(name)
-    return bool(decoders)
+        undo.append(Undo(partial(decoder.set_attn_implementation, plain)))
+    return undo
 
 
 # ---- as many as memory needs ----

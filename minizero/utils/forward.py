@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from minizero.utils.undo import Removable
+
 
 @dataclass
 class Forward:
@@ -25,7 +27,7 @@ class Forward:
 
     Attributes:
         seed: of the run. step: optimizer steps before this one.
-        inputs_B: what the samples are told apart by: the model's first tensor, before anything was cut.
+        inputs: what the samples are told apart by: all tensors given to the model, before anything was cut.
         sample_keys_B: int32, a hash of each sample, made by who first needs it.
         positions_L: int64, where this rank's part lies in the whole sequence; None: it is all of it, in order.
         total: S, where positions_L is given.
@@ -37,7 +39,7 @@ class Forward:
 
     seed: int = 0
     step: int = 0
-    inputs_B: Tensor | None = None
+    inputs: tuple[Tensor, ...] = ()
     sample_keys_B: Tensor | None = None
     positions_L: Tensor | None = None
     total: int = 0
@@ -52,8 +54,13 @@ class Forward:
 _STACK: list[Forward | None] = []
 
 
-values_discarded: list[bool] = []
-"""Not empty while a block is computed again and only its graph is wanted: sums over ranks may then be left out."""
+discarded: list[int] = []
+"""Storages whose values were left out, while a block is computed again for its graph (`parallel.last_product`)."""
+
+
+def is_discarded(tensor: Tensor) -> bool:
+    """Whether the values of `tensor` are not wanted: what would be computed from them may be left out too."""
+    return bool(discarded) and tensor.untyped_storage()._cdata in discarded
 
 
 def running() -> Forward | None:
@@ -71,9 +78,10 @@ def forward_of(forward: Forward | None) -> Iterator[None]:
         _STACK.pop()
 
 
-def first_tensor(inputs: Any) -> Tensor | None:
-    """The first tensor in nested arguments."""
-    return next((leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)), None)
+def samples(inputs: Any) -> tuple[Tensor, ...]:
+    """The tensors in nested arguments that have as many rows as the first of them."""
+    found = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    return tuple(tensor for tensor in found if len(tensor) == len(found[0]))
 
 
 class ForwardEntry:
@@ -85,13 +93,13 @@ class ForwardEntry:
     def __init__(self, model: nn.Module, **shared: Any) -> None:
         self.step, self.shared = 0, shared
         self.latest: Forward | None = None
-        self.hooks = [
+        self.hooks: list[Removable] = [  # what `remove` takes off again
             model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),  # the last: other hooks are part of the forward
         ]
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        forward = Forward(step=self.step, inputs_B=first_tensor((args, kwargs)), **self.shared)
+        forward = Forward(step=self.step, inputs=samples((args, kwargs)), **self.shared)
         _STACK.append(forward)
         if torch.is_grad_enabled():
             self.latest = forward

@@ -3,7 +3,7 @@
 A unit is one transformer block, or whatever repeats in the model at hand:
 
 - each child of an outermost `nn.ModuleList` or `nn.Sequential` whose class occurs there more than once;
-- an embedding or linear layer outside those that is larger than the largest of them, unless it is tied;
+- an embedding or a head outside those that is larger than the largest of them, unless it is tied;
 - everything else, and every weight that two units share, belongs to the **root** unit.
 
 Units are found, not declared: any `nn.Module` works as it is, HuggingFace models and `nn.TransformerEncoder` included.
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import cast
 
 from torch import nn
 
@@ -59,7 +58,7 @@ def repeated_children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str
 
 
 def large_leaves(model: nn.Module, units: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Untied embeddings and linear layers outside `units` that are larger than the largest unit."""
+    """Untied matrices of leaves outside `units` that are larger than the largest of them: embeddings, heads."""
     if not units:
         return {}
     largest = max(sum(p.numel() for p in module.parameters()) for module in units.values())
@@ -67,10 +66,12 @@ def large_leaves(model: nn.Module, units: dict[str, nn.Module]) -> dict[str, nn.
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding | nn.Linear)
+        if not any(True for _ in module.children())
+        and isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+        and weight.dim() == 2
         and not any(name == unit or name.startswith(f"{unit}.") for unit in units)
-        and module.weight.numel() > largest
-        and uses[cast(nn.Parameter, module.weight)] == 1
+        and weight.numel() > largest
+        and uses[weight] == 1
     }
 
 
