@@ -2,8 +2,8 @@
 
     python -m benchmarks.recompute_step [--rounds 11] [--steps 2]
 
-fp32, two ranks with one thread each, gloo. Three groups, each interleaved and compared within itself; ranks of the first
-two compute alike and without communication, those of the third are tensor parallel:
+fp32, two ranks with one thread each, gloo. Three groups, each interleaved and compared within itself; ranks of the
+first two compute alike and without communication, those of the third are tensor parallel:
 
     fused   torch's fused attention:  4 layers of 512, 8 heads,  batch 2 x 512 tokens
     eager   materialised attention:   1 layer of 2048, 64 heads, batch 1 x 1024 tokens
