@@ -98,7 +98,14 @@ def test_names_number_the_modules():
     assert model["a"].number != model["b"].number != 0
 
 
-def train(attention_dropout: float, steps: int, stage: int, accumulation: int, parallel: dict[str, Any]) -> Any:
+def train(
+    attention_dropout: float,
+    steps: int,
+    stage: int,
+    accumulation: int,
+    parallel: dict[str, Any],
+    recompute: str = "none",
+) -> Any:
     torch.manual_seed(0)
     config = ModelConfig(
         family="gpt2", hidden_size=24, num_layers=2, num_heads=4, intermediate_size=37, dropout=0.2,
@@ -108,12 +115,15 @@ def train(attention_dropout: float, steps: int, stage: int, accumulation: int, p
     dp = dist.get_world_size() // parallel.get("tp", 1) // parallel.get("cp", 1)
     settings = minizero.Config(
         parallel=parallel,
+        recompute={"mode": recompute},
         zero={"stage": stage},
         train={"micro_batch_size": BATCH // dp // accumulation, "gradient_accumulation_steps": accumulation},
         optimizer={"lr": 3e-3},
         dist={"timeout": 20.0},
     )
     engine, *_ = minizero.initialize(model=model, config=settings)
+    numbers = [module.number for module in model.modules() if isinstance(module, Dropout)]
+    assert len(set(numbers)) == len(numbers) > 4
     losses, norms = [], []
     for batch in batches(steps):
         parts = {k: v.view(accumulation, engine.dp_size, -1, LENGTH)[:, engine.dp_rank] for k, v in batch.items()}
@@ -124,19 +134,23 @@ def train(attention_dropout: float, steps: int, stage: int, accumulation: int, p
 
 
 @pytest.mark.parametrize(
-    ("world", "stage", "accumulation", "attention_dropout", "parallel"),
+    ("world", "stage", "accumulation", "attention_dropout", "parallel", "recompute"),
     (
-        (2, 2, 2, 0.3, {}),
-        (2, 0, 1, 0.3, {"tp": 2}),
-        (4, 3, 1, 0.3, {"tp": 2, "sequence": True}),
-        (4, 1, 1, 0.3, {"tp": 4}),
-        (2, 0, 1, 0.0, {"cp": 2}),
-        (8, 3, 1, 0.0, {"cp": 2, "tp": 2, "sequence": True, "context": "ulysses"}),
+        (2, 2, 2, 0.3, {}, "selective"),
+        (2, 0, 1, 0.3, {"tp": 2}, "none"),
+        (4, 3, 1, 0.3, {"tp": 2, "sequence": True}, "full"),
+        (4, 1, 1, 0.3, {"tp": 4}, "selective"),
+        (2, 0, 1, 0.0, {"cp": 2}, "full"),
+        (8, 3, 1, 0.0, {"cp": 2, "tp": 2, "sequence": True, "context": "ulysses"}, "none"),
     ),
 )
-def test_training_with_dropout_is_the_same_in_every_layout(world, stage, accumulation, attention_dropout, parallel):
+def test_training_with_dropout_is_the_same_in_every_layout(
+    world, stage, accumulation, attention_dropout, parallel, recompute
+):
     losses, norms = run_distributed(train, 1, attention_dropout, 3, 0, 1, {})[0]
-    for found, found_norms in run_distributed(train, world, attention_dropout, 3, stage, accumulation, parallel):
+    for found, found_norms in run_distributed(
+        train, world, attention_dropout, 3, stage, accumulation, parallel, recompute
+    ):
         assert relative_error(found, losses) < 1e-10
         assert relative_error(found_norms, norms) < 1e-10
 
@@ -186,6 +200,37 @@ def test_foreign_dropout_repeats_under_recompute_and_agrees_over_ranks(sequence)
     assert all(torch.equal(first[1][key], second[1][key]) for key in first[1])  # copies have not drifted apart
     torch.manual_seed(5)
     assert torch.equal(first[2], torch.rand(1))  # the caller's generator is the caller's
+
+
+class Cut(nn.Module):
+    """Dropout before a region, inside it and behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.inside, self.behind = nn.Dropout(0.5), nn.Dropout(0.5), nn.Dropout(0.5)
+        self.up, self.down = nn.Linear(24, 24), nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.behind(self.down(self.inside(self.up(self.before(x)))))
+
+
+def masks_by_place() -> dict[str, torch.Tensor]:
+    config = minizero.Config(
+        parallel={"tp": 2, "plan": {"up": "colwise", "down": "rowwise"}}, train={"micro_batch_size": 4}
+    )
+    model, found = Cut(), {}
+    for name in ("before", "inside", "behind"):
+        hook = lambda module, args, out, name=name: found.update({name: out == 0})  # noqa: E731
+        getattr(model, name).register_forward_hook(hook)
+    engine, *_ = minizero.initialize(model=model, config=config)
+    engine(torch.ones(4, 3, 24))
+    return found
+
+
+def test_layers_draw_from_the_stream_of_their_place():
+    first, second = run_distributed(masks_by_place, 2)
+    assert torch.equal(first["before"], second["before"]) and torch.equal(first["behind"], second["behind"])
+    assert not torch.equal(first["inside"], second["inside"])
 
 
 def streams_drawn() -> dict[str, list[float]]:

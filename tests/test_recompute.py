@@ -315,6 +315,7 @@ MODES: dict[str, dict[str, Any]] = {
     "chosen": {"mode": "selective", "modules": ["*.layers.*.mlp", "*.layers.*.self_attn"]},
     "budget": {"mode": "budget", "budget": 70_000.0},
     "partitioned": {"mode": "full", "partition_activations": True},
+    "selective, partitioned where it may be": {"mode": "selective", "partition_activations": True},
     "on the host": {"mode": "full", "cpu_checkpointing": True},
 }
 
@@ -513,6 +514,13 @@ def by_deepspeeds_names(partition: bool) -> list[Tensor]:
         engine.backward(loss)
         engine.step()
         found.append(loss.detach())
+    gathers = {key[3]: 0 for key in engine.ledger.counts if key[1] == "all_gather"}
+    for key, count in engine.ledger.counts.items():
+        if key[1] == "all_gather":
+            gathers[key[3]] += count.calls
+    assert all(
+        gathers[f"blocks.{number}"] == 2 * 3 for number in range(3)
+    )  # forward and backward of each step, no more
     deepspeed.checkpointing.reset()
     assert not deepspeed.checkpointing.is_configured()
     return found
