@@ -41,6 +41,14 @@ MODES: dict[str, dict[str, Any]] = {
     "full": {"mode": "full"},
     "partitioned": {"mode": "full", "partition_activations": True},
 }
+PLACES = {  # of labels that would lie on one another
+    "fused-torch": (-4, 8),
+    "fused-deepspeed": (-30, -14),
+    "fused-full": (-18, 8),
+    "tp-full": (-10, 8),
+    "tp-partitioned": (-14, 14),
+    "tp-sp-full": (-30, -14),
+}
 BARS = [
     ("fused-full", "fused-torch", 1.0),
     ("fused-full", "fused-deepspeed", 1.0),
@@ -181,9 +189,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 height = result["contenders"][f"{group}-full"]["saved_to_none"] if peer else row["saved_to_none"]
                 color = "tab:orange" if peer else "tab:blue"
                 axis.errorbar(time["median"], height, xerr=spread, fmt="s" if peer else "o", color=color)
-                axis.annotate(
-                    mode, (time["median"], height), xytext=(5, -12 if peer else 4), textcoords="offset points"
-                )
+                place = PLACES.get(name, (5, 4))
+                axis.annotate(mode, (time["median"], height), xytext=place, textcoords="offset points")
         axis.set_title(group)
         axis.set_xlabel("time / none")
         axis.grid(alpha=0.3)
