@@ -157,6 +157,7 @@ def plan_of(model: Any) -> dict[str, str]:
         plan[prefix + pattern] = "colwise_kv" if is_kv else FOREIGN_STYLES[style]
         if style == "colwise":  # transformers keeps norms and residuals outside attention and MLP
             plan[f"{prefix}{pattern.rpartition('.')[0]}"] = "region"
-    norms = ("input_layernorm", "post_attention_layernorm")
-    plan |= {f"{prefix}layers.*.{norm}": "sequence" for norm in norms}
+    norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    plan |= {f"{prefix}layers.*.{norm}": "sequence" for norm in norms if norm in present}
     return plan | {f"{prefix}norm": "sequence_end", f"{prefix}layers.0": "sequence_begin"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,8 @@ def test_autocast_is_given_back():
 class Ending(nn.Module):
     """A block that ends in one of several ways."""
 
+    last_product_is_unread = True  # which is not so for all of them
+
     def __init__(self, end: str) -> None:
         super().__init__()
         self.end, self.bias = end, end != "no bias"
@@ -254,8 +257,50 @@ def test_a_tensor_left_on_the_module_is_named():
             return super().forward(x)
 
     block = nn.Sequential(Router(3, 3), nn.Tanh())
-    with pytest.raises(RecomputeError, match="Sequential leaves a tensor behind in 0.auxiliary"):
+    with pytest.raises(RecomputeError, match="Sequential leaves tensors behind .*results of mean"):
         checkpoint_block(block, torch.randn(2, 3)).sum().backward()
+
+
+def test_a_hook_that_collects_is_named_and_one_that_detaches_is_not():
+    block, x, collected = nn.Linear(3, 3), torch.randn(2, 3), []
+    handle = block.register_forward_hook(lambda module, args, out: collected.append(out.square()))
+    with pytest.raises(RecomputeError, match="results of square"):
+        checkpoint_block(block, x).sum().backward()
+    handle.remove()
+    block.register_forward_hook(lambda module, args, out: collected.append(out.detach().square()))
+    checkpoint_block(block, x).sum().backward()
+    assert block.weight.grad is not None
+
+
+def test_tensors_in_an_object_come_along_and_do_not_go_out():
+    @dataclass
+    class Box:
+        value: Tensor
+
+    layer = nn.Linear(3, 3)
+    x = torch.randn(2, 3, requires_grad=True)
+    for _ in range(3):
+        x.grad = None
+        y = checkpoint_block(lambda box: layer(box.value * 2), Box(x * 1.0))
+        y.sum().backward()
+        assert torch.equal(x.grad, 2 * layer.weight.sum(0).expand(2, 3))
+    with pytest.raises(ValueError, match="returns a Box, into which a checkpoint cannot look"):
+        checkpoint_block(lambda value: Box(layer(value)), x)
+
+
+def test_running_statistics_are_updated_once():
+    block, twin, x = nn.BatchNorm1d(3), nn.BatchNorm1d(3), torch.randn(4, 3, requires_grad=True)
+    for _ in range(3):
+        checkpoint_block(block, x).sum().backward()
+        twin(x)
+    assert all(torch.equal(a, b) for a, b in zip(block.buffers(), twin.buffers(), strict=True))
+
+
+def test_a_second_derivative_is_refused():
+    layer, x = nn.Linear(3, 3), torch.randn(2, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(checkpoint_block(layer, x).tanh().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
 
 
 def test_other_values_in_the_second_pass_are_found_in_debug_mode():

@@ -98,6 +98,9 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each normed first and added to the residual stream."""
 
+    last_product_is_unread: ClassVar[bool] = True
+    """It ends in a matrix product whose value nobody keeps; read by `minizero.parallel.last_product`."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)

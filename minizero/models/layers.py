@@ -8,6 +8,8 @@ Shape suffixes: B batch, S sequence, H hidden, N heads, D head width, V vocabula
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -84,6 +86,8 @@ class CausalAttention(nn.Module):
 
     A module, so that another way to the same numbers can take its place.
     """
+
+    last_product_is_unread: ClassVar[bool] = True
 
     def __init__(self, dropout: float = 0.0, eager: bool = False) -> None:
         super().__init__()

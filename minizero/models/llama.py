@@ -104,6 +104,9 @@ class Decoder(nn.Module):
 class Layer(nn.Module):
     """Attention and MLP, each normed first and added to the residual stream."""
 
+    last_product_is_unread: ClassVar[bool] = True
+    """It ends in a matrix product whose value nobody keeps; read by `minizero.parallel.last_product`."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)

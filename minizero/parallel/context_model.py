@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,12 +22,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from minizero.dist import conjugate
 from minizero.dist.collectives import Communicator
 from minizero.models.layers import IGNORED, CausalAttention, positions_and_documents
 from minizero.parallel.context import ContextAttention, ContextAxis, HeadPlan
-from minizero.parallel.foreign import foreign_decoders, is_foreign
+from minizero.parallel.foreign import foreign_decoders, has_causal_loss, is_foreign
 from minizero.utils.forward import running
 from minizero.utils.undo import Removable, Undo
 
@@ -69,6 +71,9 @@ def apply_context(model: nn.Module, axis: ContextAxis, sequence_ranks: int = 1) 
         undo.append(Undo(partial(setattr, parent, name.rpartition(".")[2], core)))
     for name, decoder in foreign:
         undo += join_registry(name, decoder, axis)
+    for name, inner in model.named_modules():
+        if is_foreign(inner) and inner is not model:
+            undo.append(inner.register_forward_pre_hook(partial(refuse_inner_labels, name), with_kwargs=True))
     entry = Entry(model, axis, inputs, is_foreign(model), sequence_ranks)
     undo.append(model.register_forward_pre_hook(entry.cut, with_kwargs=True))
     undo.append(model.register_forward_hook(entry.join, with_kwargs=True))
@@ -95,12 +100,14 @@ class Entry:
         positions_L = self.axis.positions(total, self.axis.comm.rank, device_of(given))
         forward.positions_L, forward.total = positions_L, total
         forward.documents_BS = documents_of(given)
+        if self.foreign:
+            refuse_uses(module, given, size=self.axis.comm.size)
         if self.foreign and "labels" in given:
             given = shifted(given["labels"]) | given
         for name in given:
             if name in self.inputs:
                 given[name] = given[name].index_select(1, positions_L)
-        given.pop("attention_mask", None)  # it is in the documents
+        given.pop("attention_mask", None)  # no token sees the padding behind it
         return (), given
 
     @property
@@ -136,13 +143,26 @@ class Entry:
         return total
 
     def join(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Logits whole and in order where there are no labels; a transformers model's mean loss whole."""
+        """Logits whole and in order where there are no labels; a transformers model's mean loss whole.
+
+        Raises ValueError for another output that would be a part and be taken for the whole.
+        """
         if isinstance(output, Tensor) and output.dim() == 3:
             return self._whole(output)
-        if self.foreign and getattr(output, "loss", None) is not None:
+        if not self.foreign:
+            return output
+        refuse = f"parallel.cp = {self.axis.comm.size}: {type(module).__name__}"
+        if not hasattr(output, "keys"):
+            raise ValueError(f"{refuse} returns a {type(output).__name__}; legal: return_dict=True")
+        parts = [key for key in output if key not in ("loss", "logits", "last_hidden_state", "past_key_values")]
+        if parts:
+            raise ValueError(f"{refuse} returns {', '.join(parts)}, of which each rank has a part; legal: without them")
+        if output.get("loss") is not None:
             output.loss = _SumOfParts.apply(output.loss, self.axis.comm)
-        elif self.foreign and getattr(output, "logits", None) is not None:
-            output.logits = self._whole(output.logits)
+            return output
+        for key in ("logits", "last_hidden_state"):
+            if output.get(key) is not None:
+                output[key] = self._whole(output[key])
         return output
 
     def _whole(self, x_BLV: Tensor) -> Tensor:
@@ -150,8 +170,26 @@ class Entry:
         forward, comm = running(), self.axis.comm
         assert forward is not None
         held = [self.axis.positions(forward.total, rank, x_BLV.device) for rank in range(comm.size)]
+        x_BLV = _ForTheMean.apply(x_BLV, comm.size)
         laid = conjugate.gather_rows_of_sequence(x_BLV, comm, "logits", [len(of_rank) for of_rank in held])
         return laid.index_select(1, torch.cat(held).argsort())
+
+
+class _ForTheMean(Function):
+    """x as it is; its gradient times the ranks, of which each computes the same loss from what is gathered of x.
+
+    A rank's part gets the gradient of one of these losses; the mean over all the ranks then is right.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
+        ctx.size = size
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.size, None
 
 
 class _SumOfParts(Function):
@@ -167,8 +205,38 @@ class _SumOfParts(Function):
         return comm.all_reduce(loss, "loss")()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0] * ctx.size, None
+
+
+def refuse_uses(model: Any, given: dict[str, Any], size: int) -> None:
+    """Raise ValueError for what a transformers model may be asked and a part of a sequence cannot answer."""
+    refuse = f"parallel.cp = {size}: {type(model).__name__}"
+    for name in ("past_key_values", "logits_to_keep", "output_hidden_states", "output_attentions"):
+        value = given.get(name)
+        if value is not None and value is not False and not (isinstance(value, int) and value == 0):
+            raise ValueError(f"{refuse} was given {name}, which is not available over parts of a sequence")
+    labels, mask, ids = given.get("labels"), given.get("attention_mask"), given.get("position_ids")
+    if labels is not None and not has_causal_loss(model):
+        raise ValueError(
+            f"{refuse} computes its loss from labels in its own way, and each rank has a part of the sequence; legal: "
+            "the next-token loss of transformers, or no labels and a loss from the logits"
+        )
+    if mask is None:
+        return
+    if mask.dim() != 2 or bool((mask[:, 1:] > mask[:, :-1]).any()):
+        raise ValueError(
+            f"{refuse}: attention_mask of shape {tuple(mask.shape)}; legal: (batch, length), 1 for tokens and 0 for "
+            "padding behind them"
+        )
+    if ids is not None and bool((ids[:, 1:] == 0).any()):
+        raise ValueError(
+            f"{refuse}: position_ids that begin anew say where documents begin, and an attention_mask beside them does "
+            "not; legal: one of the two"
+        )
+    if labels is not None and bool(((shifted(labels)["shift_labels"] != IGNORED) & (mask == 0)).any()):
+        raise ValueError(f"{refuse}: a label at padding counts; legal: {IGNORED} there")
 
 
 def device_of(given: dict[str, Any]) -> torch.device:
@@ -177,16 +245,12 @@ def device_of(given: dict[str, Any]) -> torch.device:
 
 
 def documents_of(given: dict[str, Any]) -> Tensor | None:
-    """int (B, S): positions that may see each other, from position ids that begin anew and from padding."""
-    mask, ids = given.get("attention_mask"), given.get("position_ids")
-    documents = None
-    if ids is not None:
-        documents = positions_and_documents(ids, ids)[1]
-    if mask is not None:
-        if mask.dim() != 2:
-            raise ValueError(f"parallel.cp: attention_mask has shape {tuple(mask.shape)}; legal: (batch, length)")
-        documents = mask.long() if documents is None else 2 * documents + (mask != 0)
-    return documents
+    """int (B, S): positions that may see each other, from position ids that begin anew.
+
+    Padding is behind the tokens, which do not see it.
+    """
+    ids = given.get("position_ids")
+    return None if ids is None else positions_and_documents(ids, ids)[1]
 
 
 def shifted(labels_BS: Tensor) -> dict[str, Tensor]:
@@ -210,6 +274,8 @@ def join_registry(name: str, decoder: Any, axis: ContextAxis) -> list[Removable]
             f"parallel.cp = {axis.comm.size}: {kind} does not attend through transformers' attention registry"
         )
     config = decoder.config
+    for reason in mixes_otherwise(decoder):
+        raise ValueError(f"parallel.cp = {axis.comm.size}: {kind} {reason}, which context parallelism does not have")
     for setting in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
         refuse_weights_dropout(f"{name}.config.{setting}".lstrip("."), getattr(config, setting, 0.0) or 0.0, axis)
     library.AttentionInterface.register(REGISTERED, registered_attention)
@@ -221,11 +287,38 @@ def join_registry(name: str, decoder: Any, axis: ContextAxis) -> list[Removable]
     return [handle, Undo(lambda: decoder.set_attn_implementation(plain))]
 
 
+def refuse_inner_labels(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """A model inside another one would shift labels that are a part of the sequence."""
+    if kwargs.get("labels") is not None:
+        raise ValueError(
+            f"parallel.cp: {name} inside another module was given labels, which it would shift in a part of the "
+            "sequence; legal: compute the loss from its logits"
+        )
+
+
+def mixes_otherwise(decoder: Any) -> Iterator[str]:
+    """Ways in which a decoder's tokens meet outside the attention registry, or depend on the whole length."""
+    config = decoder.config
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        yield f"has layers of type {', '.join(sorted(kinds))}"
+    if getattr(config, "attention_chunk_size", None):
+        yield f"has attention in chunks of {config.attention_chunk_size}"
+    convolution = next((n for n, m in decoder.named_modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
+    if convolution is not None:
+        yield f"has a convolution ({convolution})"
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope"):
+        yield "has rotary angles that depend on the length of the sequence"
+
+
 def supply_positions(module: nn.Module, args: Any, kwargs: Any) -> Any:
     """Position ids of this rank's part of the sequence, where the caller gives none."""
     forward = running()
     if forward is None or forward.positions_L is None or kwargs.get("position_ids") is not None:
         return None
+    if kwargs.get("attention_mask") is not None:
+        raise ValueError(f"{type(module).__name__} inside another module was given an attention_mask; legal: none")
     return args, {**kwargs, "position_ids": forward.positions_L.unsqueeze(0)}
 
 

@@ -5,9 +5,11 @@ end with a matrix product and a residual sum. The product's node saves its input
 needs the product's value, nor what tensor-parallel ranks would send to sum it up. torch's own checkpoint gains the same
 by ending the second pass early ("early stop").
 
-Which product is the last is learnt from the second pass before. That its value is not needed is checked in the graph
-itself, each time: every node between it and the block's outputs must be of a kind that reads no values. Where one is
-not, the pass is run again in full, and so are all later ones of that block.
+Only a block's author can know that nobody reads the value on the side, so its class must say so: our decoders' blocks
+and attention have `last_product_is_unread`, nothing else has. A forward hook inside the block is a reader, and
+autocast changes dtypes that a stand-in would not follow: then the pass is run in full. Which product is the last is
+learnt from the second pass before; and each time the graph is checked: every node between the product and the block's
+outputs must be of a kind that reads no values. Where one is not, all later passes of that block are run in full.
 """
 
 from __future__ import annotations
@@ -41,9 +43,9 @@ def second_pass(module: nn.Module | None, run: Callable[[], list[Tensor]]) -> li
     """`run()`'s tensors, with their graph; the values of those that end in the last product may be anything.
 
     Args:
-        module: the block, by which it is known; None: it is computed in full.
+        module: the block, by which it is known; None, and those that do not say so: it is computed in full.
     """
-    number = NEVER if module is None else PRODUCTS.get(module, -1)
+    number = PRODUCTS.get(module, -1) if module is not None and may_skip(module) else NEVER
     with ProductCounter(number) if number != NEVER else nullcontext() as products:
         outputs = run()
     if products is None or module is None:
@@ -55,6 +57,15 @@ def second_pass(module: nn.Module | None, run: Callable[[], list[Tensor]]) -> li
         return outputs
     PRODUCTS[module] = NEVER
     return run()
+
+
+def may_skip(module: nn.Module) -> bool:
+    """Whether the block's last product could be left out at all."""
+    if not getattr(module, "last_product_is_unread", False) or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.cuda.is_available() and torch.is_autocast_enabled("cuda"):
+        return False
+    return not any(part._forward_hooks for part in module.modules())
 
 
 class ProductCounter(TorchFunctionMode):

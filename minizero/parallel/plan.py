@@ -104,6 +104,8 @@ class PlanApplication:
                     module.register_forward_hook(self.end_sequence(name))
             elif style == "sequence_begin" and self.axis.sequence:
                 module.register_forward_pre_hook(self.cut_sequence(name), with_kwargs=True)
+        if self.axis.sequence:
+            self.refuse_unlisted()
         for name in self.regions:
             self.model.get_submodule(name).register_forward_pre_hook(self.enter(name), with_kwargs=True)
         for name in dict.fromkeys(name.rpartition(".")[0] for name, style in self.styles.items() if style in OPENING):
@@ -119,10 +121,23 @@ class PlanApplication:
         elif style == "sequence" and self.axis.sequence:
             dropout.index_of["sequence"] = self.axis.places
 
+    def refuse_unlisted(self) -> None:
+        """Raise ValueError for a whole parameter where the sequence is cut: its gradient would be a part of the sum."""
+        for begin in (name for name, style in self.styles.items() if style == "sequence_begin"):
+            blocks = self.model.get_submodule(begin.rpartition(".")[0])
+            for name, parameter in blocks.named_parameters(prefix=begin.rpartition(".")[0]):
+                cut = parameter in self.layout.shards and self.layout.shards[parameter].dim >= 0
+                if not cut and parameter not in self.layout.partial:
+                    raise ValueError(
+                        f"parallel.sequence: the plan does not list {name}, which sees a part of the sequence on each "
+                        f"rank; legal: '{name.rpartition('.')[0]}': 'sequence', or 'partial' inside a region"
+                    )
+
     # ---- layers ----
 
     def parallel_layer(self, name: str, style: str, source: Any, holder: nn.Module) -> nn.Module:
         """The layer that takes `source`'s place, with this rank's part of its parameters."""
+        refuse_own_forward(name, source, self.size)
         transposed = not isinstance(source, nn.Linear | nn.Embedding)  # GPT-2's Conv1D keeps (in, out)
         rows, columns = (1, 0) if transposed else (0, 1)
         if style == "vocab":
@@ -207,6 +222,10 @@ class PlanApplication:
         def cut(x_BSH: Tensor) -> Tensor:
             forward = running()
             assert forward is not None
+            if forward.length:
+                raise ValueError(
+                    f"parallel.sequence: {name}, where the sequence is cut, ran a second time in one forward"
+                )
             forward.length = x_BSH.shape[1]
             draw_from("part")
             if self.axis.length < self.size:
@@ -240,12 +259,33 @@ class PlanApplication:
         def gather(module: nn.Module, args: Any, output: Any) -> Any:
             if isinstance(output, Tensor):
                 return conjugate.gather_features(output, comm, name, sizes)
+            if foreign and not hasattr(output, "keys"):
+                raise ValueError(f"parallel.tp: the model returns a {type(output).__name__}; legal: return_dict=True")
             if foreign:
                 whole = output.loss is None
                 output.logits = conjugate.gather_features(output.logits, comm, name, sizes) if whole else None
             return output
 
         self.model.register_forward_hook(gather)
+        if foreign and self.axis.sequence:
+            self.model.register_forward_pre_hook(refuse_hidden_states, with_kwargs=True)
+
+
+def refuse_hidden_states(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Hidden states between blocks are parts of the sequence."""
+    if kwargs.get("output_hidden_states"):
+        raise ValueError("parallel.sequence: output_hidden_states would give each rank's part of them; legal: without")
+
+
+def refuse_own_forward(name: str, source: Any, size: int) -> None:
+    """Raise ValueError for a layer that does more than the product or the lookup that takes its place."""
+    kind = type(source)
+    plain = kind.__name__ == "Conv1D" or getattr(kind, "forward", None) in (nn.Linear.forward, nn.Embedding.forward)
+    if not plain or not isinstance(getattr(source, "weight", None), nn.Parameter):
+        raise ValueError(
+            f"parallel.tp = {size}: {name} is a {kind.__name__} with a forward of its own, which a parallel layer would "
+            "not repeat; legal: nn.Linear, nn.Embedding and Conv1D as they are"
+        )
 
 
 def on_first_input(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:

@@ -22,15 +22,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import ref
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -77,6 +78,7 @@ class Call:
         captured: see the module's glossary.
         state: what the second pass gets back.
         shapes: of the first pass's tensors, with dtypes. values: copies of them, where they are compared.
+        left: calls of the first pass whose results someone holds besides the outputs.
     """
 
     function: Callable[..., Any]
@@ -87,6 +89,7 @@ class Call:
     options: Options
     shapes: list[tuple[torch.Size, torch.dtype]]
     values: list[Tensor]
+    left: list[int]
 
     def again(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The tensors of the second pass, with their graph."""
@@ -98,11 +101,11 @@ class Call:
                 return [leaf for leaf in tree_leaves(self.function(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
         module = module_of(self.function)
-        outputs = second_pass(None if self.options.check else module, run)
+        watch = SecondPass(self.left)
+        with buffers_put_back(module), watch if self.left else nullcontext():
+            outputs = second_pass(None if self.options.check or self.left else module, run)
         self._compare(outputs)
-        if module is not None and module not in LOOKED_AT:
-            refuse_tensors_left_behind(module)
-            LOOKED_AT.add(module)
+        refuse_what_is_left_behind(self.function, watch.differentiable)
         return outputs
 
     def _compare(self, outputs: list[Tensor]) -> None:
@@ -135,6 +138,7 @@ class _Checkpointed(Function):
         return tuple(outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         call: Call = ctx.call
         kept = ctx.keeper.give_back(ctx.saved_tensors)
@@ -161,8 +165,9 @@ def checkpoint_block(function: Callable[..., Any], *args: Any, options: Options 
 
     Returns what `function` returns. Without gradients to compute it just calls it. May be nested.
 
-    Raises ValueError when the function changes an argument in place, or draws random numbers that the second pass could
-    not repeat (where that is checked); RecomputeError, in backward, when the second pass differs from the first.
+    Raises ValueError when the function changes an argument in place, returns what cannot be looked into, or draws
+    random numbers that the second pass could not repeat (where that is checked); RecomputeError, in backward, when the
+    second pass differs from the first, or the first left tensors behind that need a gradient.
     """
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
@@ -172,49 +177,108 @@ def checkpoint_block(function: Callable[..., Any], *args: Any, options: Options 
     counter = iter(range(len(inputs)))
     arguments = [Placeholder(next(counter)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     state, versions = PassState.now(inputs), [tensor._version for tensor in inputs]
-    with torch.no_grad(), generators_watched(function) if options.check else ExitStack():
-        captured = captured_by(function)
-        with ExitStack() as stack:
-            watch = stack.enter_context(CaptureWatch(inputs)) if captured is None else None
-            result = function(*args, **kwargs)
-        if watch is not None:
-            captured = remember_captured(function, watch.seen)
+    watch = FirstPass(inputs)
+    with torch.no_grad(), generators_watched(function) if options.check else nullcontext(), watch:
+        result = function(*args, **kwargs)
     changed = [n for n, (t, version) in enumerate(zip(inputs, versions, strict=True)) if t._version != version]
     if changed:
         raise ValueError(f"{name_of(function)} changes its argument {changed[0]} in place and cannot be checkpointed")
-    assert captured is not None
-    captured = [tensor for tensor in captured if tensor.requires_grad]
+    module = module_of(function)
+    own = [p for p in module.parameters() if p.requires_grad] if module is not None else []
+    captured = [*dict.fromkeys([*own, *watch.captured])]
     results, result_spec = tree_flatten(result)
     outputs = [leaf for leaf in results if isinstance(leaf, Tensor)]
     if not captured and not any(tensor.requires_grad for tensor in inputs):
         return result
+    refuse_opaque(function, results)
     call = Call(
         function, arguments, spec, captured, state, options, [(out.shape, out.dtype) for out in outputs],
         [out.clone() for out in outputs] if options.check else [],
+        watch.left_behind([*inputs, *outputs, *captured, *buffers_of(module)]),
     )  # fmt: skip
     attached = iter(_Checkpointed.apply(call, Keeper(options, name_of(function)), outputs, *inputs, *captured))
     return tree_unflatten([next(attached) if isinstance(leaf, Tensor) else leaf for leaf in results], result_spec)
 
 
-# ---- what a block captures ----
-
-# Modules seldom change what they use: a first call watches, the others are told.
-CAPTURED: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
+# ---- what a block reads and leaves on the side ----
 
 
-class CaptureWatch(TorchFunctionMode):
-    """Collects every tensor that needs a gradient and is read while no graph is recorded: it came from outside."""
+class FirstPass(TorchFunctionMode):
+    """Watches a first pass, in which no graph is recorded.
+
+    Attributes:
+        captured: every tensor that needs a gradient and is not an input: it came from outside.
+        made: (name of the function, its result) of each call, in order; weak, so that what is alive afterwards is held
+            by someone.
+    """
 
     def __init__(self, inputs: list[Tensor]) -> None:
         super().__init__()
         self._inputs = {id(tensor) for tensor in inputs}
-        self.seen: dict[Tensor, None] = {}
+        self.captured: dict[Tensor, None] = {}
+        self.made: list[tuple[str, ref[Tensor]]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for leaf in tree_leaves((args, kwargs or {})):
             if isinstance(leaf, Tensor) and leaf.requires_grad and id(leaf) not in self._inputs:
-                self.seen[leaf] = None
-        return func(*args, **(kwargs or {}))
+                self.captured[leaf] = None
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.made.append((getattr(func, "__name__", "a function"), ref(result)))
+        return result
+
+    def left_behind(self, known: Sequence[Tensor]) -> list[int]:
+        """Numbers of calls whose results someone still holds, other than in the memory of `known` tensors."""
+        storages = {tensor.untyped_storage()._cdata for tensor in known}
+        alive = [(number, result()) for number, (_, result) in enumerate(self.made)]
+        return [
+            number for number, tensor in alive if tensor is not None and tensor.untyped_storage()._cdata not in storages
+        ]
+
+
+class SecondPass(TorchFunctionMode):
+    """Finds out which results of calls numbered as in the first pass have a graph.
+
+    Attributes:
+        differentiable: the names of their functions.
+    """
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        super().__init__()
+        self._numbers, self._calls = set(numbers), 0
+        self.differentiable: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            if self._calls in self._numbers and result.requires_grad:
+                self.differentiable.append(getattr(func, "__name__", "a function"))
+            self._calls += 1
+        return result
+
+
+PLAIN = (Tensor, type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+def refuse_opaque(function: Any, outputs: Sequence[Any]) -> None:
+    """Raise ValueError for an output in which tensors could hide: their gradients would be lost."""
+    for leaf in outputs:
+        if not isinstance(leaf, PLAIN):
+            raise ValueError(
+                f"{name_of(function)} returns a {type(leaf).__name__}, into which a checkpoint cannot look; legal: "
+                "tensors and plain values, nested in tuples, lists and dicts"
+            )
+
+
+def refuse_what_is_left_behind(function: Any, left: list[str]) -> None:
+    """Raise RecomputeError when someone holds results of a first pass that should have a graph, and have none."""
+    if left:
+        raise RecomputeError(
+            f"{name_of(function)} leaves tensors behind that are not among its outputs (results of "
+            f"{', '.join(dict.fromkeys(left))}): a cache, a value kept on a module, or a hook that collects. Computed "
+            "without a graph, they have no gradient: return them, detach them, turn the cache off, or do not "
+            "checkpoint that block"
+        )
 
 
 def module_of(function: Any) -> nn.Module | None:
@@ -223,41 +287,18 @@ def module_of(function: Any) -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) else None
 
 
-def captured_by(function: Any) -> list[Tensor] | None:
-    """What `function` is known to capture; None: not known yet."""
-    module = module_of(function)
-    if module is None or module not in CAPTURED:
-        return None
-    return [*dict.fromkeys([*module.parameters(), *CAPTURED[module]])]
+def buffers_of(module: nn.Module | None) -> list[Tensor]:
+    """Running statistics and the like."""
+    return [*module.buffers()] if module is not None else []
 
 
-# Modules that were seen to leave no tensor behind.
-LOOKED_AT: WeakSet[nn.Module] = WeakSet()
-
-
-def refuse_tensors_left_behind(module: nn.Module) -> None:
-    """Raise RecomputeError when `module` keeps a tensor with a graph on itself, after its second pass.
-
-    The first pass left that tensor without one: who used it there, for an auxiliary loss say, has no gradient.
-    """
-    for name, part in module.named_modules():
-        for key, value in vars(part).items():
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                where = f"{name}.{key}".lstrip(".")
-                raise RecomputeError(
-                    f"{type(module).__name__} leaves a tensor behind in {where}: the first pass computed it without a "
-                    "graph, and its gradient is lost. Return it from the block, or do not checkpoint that block"
-                )
-
-
-def remember_captured(function: Any, seen: dict[Tensor, None]) -> list[Tensor]:
-    """Everything that `function` captures, from what one call of it has read."""
-    module = module_of(function)
-    if module is None:
-        return [*seen]
-    own = set(module.parameters())
-    CAPTURED[module] = [tensor for tensor in seen if isinstance(tensor, nn.Parameter) and tensor not in own]
-    return [*dict.fromkeys([*own, *seen])]
+@contextmanager
+def buffers_put_back(module: nn.Module | None) -> Iterator[None]:
+    """What a second pass does to a module's buffers (running statistics) is undone: the first pass has done it."""
+    before = [(buffer, buffer.detach().clone()) for buffer in buffers_of(module)]
+    yield
+    for buffer, value in before:
+        buffer.data.copy_(value)  # not seen by autograd, which may have saved it
 
 
 # ---- what the second pass gets back ----
