@@ -31,8 +31,9 @@ from minizero.config import Config
 from minizero.config.batch import BatchSizes
 from minizero.config.deepspeed import to_deepspeed
 from minizero.dist.collectives import CollectiveError, Communicator
+from minizero.models.dropout import hash_samples
 from minizero.observe.log import EngineLog
-from minizero.utils.forward import ForwardEntry, forward_of
+from minizero.utils.forward import ForwardEntry, forward_of, samples
 from minizero.utils.warnings import warn_once
 from minizero.zero.optimizer import StepResult, Window, ZeroOptimizer
 from minizero.zero.policy import DTYPES
@@ -87,12 +88,14 @@ class Engine:
         self._step_pending = False  # between a backward and its step
         self._synchronize = True
         self._iterator: Iterator[Any] | None = None
+        self._compares_inputs = config.parallel.tp * config.parallel.cp > 1
 
     # ---- one micro-batch ----
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward; float inputs are cast to the compute dtype."""
-        self.entry.step = self.global_steps
+        if self._compares_inputs:
+            self._compare_inputs(args, kwargs)
         with self.ledger.phase("forward" if self.module.training else "eval"), self.log.timer("forward"):
             try:
                 return self.module(*tree_map(self._to_compute, args), **tree_map(self._to_compute, kwargs))
@@ -102,6 +105,23 @@ class Engine:
                 raise
 
     forward = __call__
+
+    def _compare_inputs(self, args: Any, kwargs: Any) -> None:
+        """Raise ValueError on all ranks when tensor- or context-parallel ranks were given different batches."""
+        self._compares_inputs = self.settings.debug.collectives  # else the first forward is enough to find out
+        given = samples((args, kwargs))
+        row = torch.tensor([len(given), given[0].numel() if given else 0, 0], device=self.device)
+        row[2] = hash_samples(given).long().sum() if given else 0
+        with self.ledger.phase("forward"):
+            rows = self.world.gather_rows(row, "inputs of the first forward").cpu()
+        together = rows.view(-1, self.settings.parallel.cp * self.settings.parallel.tp, 3)
+        different = (together != together[:, :1]).any(dim=-1)
+        if bool(different.any()):
+            raise ValueError(
+                f"ranks {different.flatten().nonzero()[:, 0].tolist()} were given other batches than the first of "
+                "their tensor- and context-parallel ranks; legal: the same for all of one data-parallel rank (see "
+                "engine.dp_rank and engine.dp_size)"
+            )
 
     def backward(self, loss: Loss, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Gradients of `loss` into the accumulation window.
@@ -118,6 +138,8 @@ class Engine:
             raise ValueError(
                 "backward needs a 0-d loss that depends on trainable parameters, or a pair (loss sum, token count)"
             )
+        if value.grad_fn is not None and value.grad_fn._sequence_nr() < self.entry.stale_before:
+            raise RuntimeError("backward of a loss computed before the last step: the parameters have changed since")
         count = None if tokens is None else torch.as_tensor(tokens, device=self.device)
         if tokens is None and self.batch.accumulation > 1:
             warn_once(
@@ -130,7 +152,7 @@ class Engine:
         with self.ledger.phase("backward"), self.log.timer("backward"):
             try:
                 self.runtime.begin_backward(value, boundary=boundary, sync=self._synchronize)
-                with forward_of(self.entry.latest):  # for blocks that others compute again
+                with forward_of(self.entry.history):  # for blocks that others compute again
                     (value * self.optimizer.scaler.scale).backward(retain_graph=retain_graph)
                 self.runtime.end_backward()
             except Exception:
@@ -181,6 +203,7 @@ class Engine:
                 self.lr_scheduler.step()
         else:
             self.skipped_steps += 1
+        self.entry.stepped(self.global_steps)
         self.log.step(self)
 
     @property
@@ -440,6 +463,7 @@ class Engine:
         if path is not None and not load_module_only:
             self._iterator = None
             self.global_steps, self.global_samples = counters["global_steps"], counters["global_samples"]
+            self.entry.stepped(self.global_steps)
             self.skipped_steps, self.micro_steps = counters["skipped_steps"], counters["micro_steps"]
         return (str(path) if path else None), client_state
 

@@ -83,13 +83,13 @@ def parallelize(model: nn.Module, config: Config, data: Communicator, device: to
     refuse_few_heads(model, axis)
     undo = apply_context(model, axis, tensor.size if config.parallel.sequence else 1)
     undo += apply_recompute(model, config.recompute, blocks, agreement(tensor, context, device))
-    streams = None
     if tensor.size > 1 and foreign:
         warn_once(
             f"{foreign} draws its masks from random streams: they repeat when a block is computed again, but differ "
             "from layout to layout. Those of minizero.models.dropout.Dropout do not."
         )
-        streams = RandomStreams(config.train.seed, data.rank, tensor.rank, device)
+    # Always, since a function of torch may draw without a module to show for it.
+    streams = RandomStreams(config.train.seed, data.rank, tensor.rank, device) if tensor.size > 1 else None
     return Parallelized(layout, recompute_options(config, tensor), streams, undo[::-1])
 
 
@@ -119,7 +119,10 @@ def recompute_options(config: Config, tensor: Communicator) -> Options:
 
 
 def agreement(tensor: Communicator, context: Communicator, device: torch.device) -> Agree:
-    """The largest of each number over the ranks whose blocks communicate with this one's."""
+    """The largest of each number over the ranks whose blocks communicate with this one's: they must decide alike.
+
+    Not over data-parallel ranks: in the middle of a forward they have gathers on the way that nobody has read yet.
+    """
 
     def agree(numbers: list[int]) -> list[int]:
         largest = torch.tensor(numbers, device=device)

@@ -79,6 +79,7 @@ class _ReduceFromRegion(Function):
         return x.view_as(x) if is_discarded(x) else comm.all_reduce(x, unit)()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0], None, None
 
@@ -116,6 +117,7 @@ class _Scatter(Function):
         return x.split(sizes, dim=dim)[comm.rank].contiguous()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         return ctx.comm.gather_parts(grads[0], ctx.sizes, ctx.dim, ctx.unit), None, None, None, None, None
 

@@ -33,6 +33,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from minizero.dist.collectives import Communicator
@@ -179,6 +180,7 @@ class _RingAttention(Function):
         return out_BNLD
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         q_BNLD, k_BMLD, v_BMLD, out_BNLD, lse_BNL = ctx.saved_tensors
         grad_BNLD = grads[0]
@@ -318,6 +320,7 @@ class _SequenceToHeads(Function):
         return tuple(torch.cat(of_tensor, dim=2) for of_tensor in zip(*arrived, strict=True))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         comm, plan = ctx.comm, ctx.plan
         lengths = split_sizes(ctx.total, comm.size)
@@ -349,6 +352,7 @@ class _HeadsToSequence(Function):
         return torch.cat([piece for (piece,) in arrived], dim=1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         comm, plan = ctx.comm, ctx.plan
         parts = [[grads[0][:, start:stop]] for start, stop in plan.queries]

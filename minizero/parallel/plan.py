@@ -43,7 +43,7 @@ from minizero.parallel.tensor import (
     VocabParallelEmbedding,
     VocabParallelLoss,
 )
-from minizero.utils.forward import running
+from minizero.utils.forward import in_backward, running
 
 Ranges = tuple[tuple[tuple[int, int], ...], ...]  # per rank, [start, stop) along the cut dim
 OPENING = ("colwise", "colwise_kv", "colwise_fused")
@@ -222,10 +222,8 @@ class PlanApplication:
         def cut(x_BSH: Tensor) -> Tensor:
             forward = running()
             assert forward is not None
-            if forward.length:
-                raise ValueError(
-                    f"parallel.sequence: {name}, where the sequence is cut, ran a second time in one forward"
-                )
+            if forward.length and not in_backward():
+                raise ValueError(f"parallel.sequence: {name}, where the sequence is cut, ran twice in one forward")
             forward.length = x_BSH.shape[1]
             draw_from("part")
             if self.axis.length < self.size:
@@ -283,8 +281,8 @@ def refuse_own_forward(name: str, source: Any, size: int) -> None:
     plain = kind.__name__ == "Conv1D" or getattr(kind, "forward", None) in (nn.Linear.forward, nn.Embedding.forward)
     if not plain or not isinstance(getattr(source, "weight", None), nn.Parameter):
         raise ValueError(
-            f"parallel.tp = {size}: {name} is a {kind.__name__} with a forward of its own, which a parallel layer would "
-            "not repeat; legal: nn.Linear, nn.Embedding and Conv1D as they are"
+            f"parallel.tp = {size}: {name} is a {kind.__name__} with a forward of its own, which a parallel layer "
+            "would not repeat; legal: nn.Linear, nn.Embedding and Conv1D as they are"
         )
 
 

@@ -4,8 +4,10 @@ Such dropout draws from torch's default generator. Ranks must agree on the mask 
 must not on those of their parts. So a forward draws from two streams (Megatron-LM's "CUDA RNG tracker"): **whole**, the
 same on all tensor-parallel ranks, and **part**, different on each; layers switch where a region begins and ends.
 
-Both are seeded anew for each forward from (seed, number of the forward, rank), so there is nothing to save: a resumed
-run draws what the uninterrupted one would have drawn. Outside the model the default generator is the caller's.
+`whole` is seeded anew for each forward from (seed, number of the forward, data rank), and `part` each time it is
+switched to, from where `whole` then is and the rank. So there is nothing to save: a resumed run draws what the
+uninterrupted one would have drawn, and who gives back torch's generator, as every checkpoint does, gives back both.
+Outside the model the default generator is the caller's.
 
 These masks repeat exactly when a block is computed again. They are not the same in every layout: for that, use
 `minizero.models.dropout.Dropout`.
@@ -13,6 +15,7 @@ These masks repeat exactly when a block is computed again. They are not the same
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 from minizero.utils.forward import running
 
 Name = Literal["whole", "part"]
-State = tuple[Name, dict[Name, Tensor]]
+State = Tensor | None
 
 
 class RandomStreams:
@@ -36,49 +39,47 @@ class RandomStreams:
     def __init__(self, seed: int, data_rank: int, tensor_rank: int, device: torch.device) -> None:
         self.seed, self.data_rank, self.tensor_rank, self.device = seed, data_rank, tensor_rank, device
         self.forwards = 0
-        self._active: Name = "whole"
-        self._waiting: dict[Name, Tensor] = {}  # states of the streams that are not drawn from now
+        self._whole: Tensor | None = None  # the state of `whole` while `part` is drawn from
         self._callers: Tensor | None = None
 
     def begin(self) -> None:
-        """A forward begins: seed both streams, draw from `whole`."""
-        self._callers = self._get()
-        base = (self.seed * 1_000_003 + self.forwards) * 1_000_003 + self.data_rank
-        generators = {
-            "part": torch.Generator(self.device).manual_seed(hash((base, 1 + self.tensor_rank)) & (1 << 62) - 1),
-            "whole": torch.Generator(self.device).manual_seed(hash((base, 0)) & (1 << 62) - 1),
-        }
+        """A forward begins: draw from `whole`."""
+        self._callers, self._whole = self._get(), None
+        self._seed(zlib.crc32(f"{self.seed}/{self.forwards}/{self.data_rank}".encode()))
         self.forwards += 1
-        self._active = "whole"
-        self._waiting = {"part": generators["part"].get_state()}
-        self._set(generators["whole"].get_state())
 
     def end(self) -> None:
         """The forward is over: the default generator is the caller's again."""
         if self._callers is not None:
             self._set(self._callers)
-            self._callers = None
+            self._callers = self._whole = None
 
     def use(self, name: Name) -> None:
         """Draw from `name` from now on."""
-        if name != self._active:
-            self._waiting[self._active] = self._get()
-            self._set(self._waiting.pop(name))
-            self._active = name
+        if name == "part" and self._whole is None:
+            now = zlib.crc32(self._get().numpy().tobytes())
+            torch.rand(1, device=self.device)  # the next time `whole` is elsewhere
+            self._whole = self._get()
+            self._seed(zlib.crc32(f"{now}/{self.tensor_rank}".encode()) | 1 << 32)
+        elif name == "whole" and self._whole is not None:
+            self._set(self._whole)
+            self._whole = None
 
     def state(self) -> State:
         """What `restored` needs; the active stream's own state is the default generator's."""
-        return self._active, dict(self._waiting)
+        return self._whole
 
     @contextmanager
     def restored(self, state: State) -> Iterator[None]:
         """Inside, the streams are as `state` says; the caller restores the default generator."""
-        before = self.state()
-        self._active, self._waiting = state[0], dict(state[1])
+        before, self._whole = self._whole, state
         try:
             yield
         finally:
-            self._active, self._waiting = before
+            self._whole = before
+
+    def _seed(self, seed: int) -> None:
+        self._set(torch.Generator(self.device).manual_seed(seed).get_state())
 
     def _get(self) -> Tensor:
         return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()

@@ -229,11 +229,14 @@ class FirstPass(TorchFunctionMode):
 
     def left_behind(self, known: Sequence[Tensor]) -> list[int]:
         """Numbers of calls whose results someone still holds, other than in the memory of `known` tensors."""
-        storages = {tensor.untyped_storage()._cdata for tensor in known}
-        alive = [(number, result()) for number, (_, result) in enumerate(self.made)]
-        return [
-            number for number, tensor in alive if tensor is not None and tensor.untyped_storage()._cdata not in storages
-        ]
+        with torch._C.DisableTorchFunction():  # looking at a tensor is no use of it
+            storages = {tensor.untyped_storage()._cdata for tensor in known}
+            alive = [(number, result()) for number, (_, result) in enumerate(self.made)]
+            return [
+                number
+                for number, tensor in alive
+                if tensor is not None and tensor.untyped_storage()._cdata not in storages
+            ]
 
 
 class SecondPass(TorchFunctionMode):

@@ -42,6 +42,11 @@ def apply_recompute(
     if settings.mode == "none":
         return []
     kind = type(model).__name__
+    if any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
+        raise ValueError(
+            f"recompute.mode {settings.mode}: {kind} has transformers' gradient checkpointing turned on too; legal: "
+            "one of the two"
+        )
     if settings.mode == "selective":
         chosen = chosen_modules(model, settings.modules)
         foreign = [] if chosen else foreign_attention(model)

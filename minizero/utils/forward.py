@@ -9,6 +9,7 @@ Shape suffixes: B batch, S positions of the whole sequence, L those that this ra
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Forward:
 
 # One stack for the process. Not a context variable: on a GPU autograd runs backward, and so what is computed again, in
 # a thread of its own, which sees none of those that were set in the thread that called it.
-_STACK: list[Forward | None] = []
+_STACK: list[Forward | History | None] = []
 
 
 discarded: list[int] = []
@@ -65,12 +66,52 @@ def is_discarded(tensor: Tensor) -> bool:
 
 def running() -> Forward | None:
     """The forward that this code runs in, or whose backward does, if it is one of an engine's model."""
-    return _STACK[-1] if _STACK else None
+    top = _STACK[-1] if _STACK else None
+    return top.of_running_node() if isinstance(top, History) else top
+
+
+def in_backward() -> bool:
+    """Whether this code runs inside a backward pass: computed again by a checkpoint."""
+    return torch._C._current_autograd_node() is not None
+
+
+class History:
+    """The forwards since the last step, by the numbers of the autograd nodes that they made.
+
+    A block that others compute again (torch's checkpoint) runs inside backward, in no forward of its own. The node that
+    asked for it says whose it is.
+    """
+
+    def __init__(self) -> None:
+        self._begins: list[int] = []
+        self._forwards: list[Forward] = []
+
+    def begin(self, forward: Forward) -> None:
+        """`forward` makes the nodes from here on."""
+        self._begins.append(next_node())
+        self._forwards.append(forward)
+
+    def clear(self) -> None:
+        self._begins.clear()
+        self._forwards.clear()
+
+    def of_running_node(self) -> Forward | None:
+        node: Any = torch._C._current_autograd_node()
+        if node is None or not self._forwards:
+            return None
+        return self._forwards[max(bisect_right(self._begins, node._sequence_nr()) - 1, 0)]
+
+
+def next_node() -> int:
+    """The number of the next autograd node that this thread makes."""
+    with torch.enable_grad():
+        made: Any = torch.ones((), requires_grad=True).neg().grad_fn
+    return made._sequence_nr() + 1
 
 
 @contextmanager
-def forward_of(forward: Forward | None) -> Iterator[None]:
-    """Inside, `forward` is the running one."""
+def forward_of(forward: Forward | History | None) -> Iterator[None]:
+    """Inside, `forward` is the running one, or one of its forwards is, whose backward runs."""
     _STACK.append(forward)
     try:
         yield
@@ -87,12 +128,13 @@ def samples(inputs: Any) -> tuple[Tensor, ...]:
 class ForwardEntry:
     """Makes the `Forward` of every call of `model`, with the attributes that all of them share.
 
-    `step` is kept up to date by who counts them. `latest` is the newest one that computed a graph.
+    `step` is kept up to date by who counts them. `history` holds those that computed a graph, until the next step.
     """
 
     def __init__(self, model: nn.Module, **shared: Any) -> None:
         self.step, self.shared = 0, shared
-        self.latest: Forward | None = None
+        self.history = History()
+        self.stale_before = 0  # nodes with smaller numbers were made before the last step
         self.hooks: list[Removable] = [  # what `remove` takes off again
             model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),  # the last: other hooks are part of the forward
@@ -102,11 +144,19 @@ class ForwardEntry:
         forward = Forward(step=self.step, inputs=samples((args, kwargs)), **self.shared)
         _STACK.append(forward)
         if torch.is_grad_enabled():
-            self.latest = forward
+            self.history.begin(forward)
+        if not module.training:
+            forward.streams = None
         if forward.streams is not None:
             forward.streams.begin()
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         forward = _STACK.pop()
-        if forward is not None and forward.streams is not None:
+        if isinstance(forward, Forward) and forward.streams is not None:
             forward.streams.end()
+
+    def stepped(self, step: int) -> None:
+        """Parameters have changed: what was computed before is of no use any more."""
+        self.step = step
+        self.history.clear()
+        self.stale_before = next_node()
