@@ -1,0 +1,196 @@
+"""The schedules, each a function of the number of ranks and microbatches to a `Schedule`.
+
+Every one takes any number of microbatches from 1. The pictures show 3 ranks and 4 microbatches with F = B = W = 1;
+`.1` is a chunk.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable
+from itertools import accumulate
+
+from minizero.parallel.pipeline.actions import Action, Kind, Placement, Schedule, loop_placement, v_placement
+from minizero.parallel.pipeline.auto import zb_auto
+
+
+class _Row:
+    """The actions of one rank while they are written down.
+
+    `repeat(3, "F0 BW1")` adds three times a forward of chunk 0 and a backward of chunk 1, each of the next microbatch
+    that this kind and chunk have not had. A `W` without a chunk is that of the oldest B which has not had its W.
+    """
+
+    def __init__(self) -> None:
+        self.actions: list[Action] = []
+        self._next: dict[tuple[str, int], int] = defaultdict(int)
+        self._owed: deque[Action] = deque()
+
+    def repeat(self, times: int, pattern: str) -> None:
+        for _ in range(times):
+            for word in pattern.split():
+                if word != "W":
+                    self._add(Kind(word[:-1]), int(word[-1]))
+                elif self._owed:
+                    self._add(Kind.W, self._owed[0].chunk)
+
+    def _add(self, kind: Kind, chunk: int) -> None:
+        action = Action(kind, chunk, self._next["W" if kind is Kind.W else "F" if kind is Kind.F else "B", chunk])
+        self.actions.append(action)
+        for letter in kind:
+            self._next[letter, chunk] += 1
+        if kind is Kind.B:
+            self._owed.append(action)
+        if kind is Kind.W:
+            self._owed.remove(Action(Kind.B, chunk, action.microbatch))
+
+
+def gpipe(ranks: int, microbatches: int) -> Schedule:
+    """All forwards, then all backwards (Huang et al., arXiv 1811.06965). Keeps m activations."""
+    _check(ranks, microbatches)
+    forward = [Action(Kind.F, 0, index) for index in range(microbatches)]
+    backward = [Action(Kind.BW, 0, index) for index in range(microbatches)]
+    return _schedule("gpipe", microbatches, loop_placement(ranks), [forward + backward] * ranks)
+
+
+def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
+    """One forward, one backward after p - r forwards to warm up (PipeDream-flush, arXiv 2006.09503).
+
+    The bubble of GPipe with no more than min(p - r, m) activations kept on rank r.
+    """
+    _check(ranks, microbatches)
+    rows = [_one_chunk(microbatches, ranks - rank, None) for rank in range(ranks)]
+    return _schedule("one_f_one_b", microbatches, loop_placement(ranks), rows)
+
+
+def zb_h1(ranks: int, microbatches: int) -> Schedule:
+    """1F1B with its W put off until r backwards later: about a third of the bubble, p activations on every rank.
+
+    (Qi et al., arXiv 2401.10241, section 2.2.)
+    """
+    _check(ranks, microbatches)
+    rows = [_one_chunk(microbatches, ranks - rank, rank) for rank in range(ranks)]
+    return _schedule("zb_h1", microbatches, loop_placement(ranks), rows)
+
+
+def zb_h2(ranks: int, microbatches: int) -> Schedule:
+    """More forwards to warm up and W put off further: no bubble but latency when F = B = W, for 2p - 1 activations.
+
+    (Qi et al., arXiv 2401.10241, section 2.3.)
+    """
+    _check(ranks, microbatches)
+    rows = [_one_chunk(microbatches, 2 * (ranks - rank) - 1, 2 * rank) for rank in range(ranks)]
+    return _schedule("zb_h2", microbatches, loop_placement(ranks), rows)
+
+
+def _one_chunk(microbatches: int, warmup: int, delay: int | None) -> list[Action]:
+    """`warmup` forwards, then backward and forward in turn; W `delay` backwards later, or within BW if None."""
+    row = [Action(Kind.F, 0, index) for index in range(min(warmup, microbatches))]
+    for index in range(microbatches):
+        row.append(Action(Kind.BW if delay is None else Kind.B, 0, index))
+        if delay is not None and index >= delay:
+            row.append(Action(Kind.W, 0, index - delay))
+        if index + warmup < microbatches:
+            row.append(Action(Kind.F, 0, index + warmup))
+    return row + [Action(Kind.W, 0, index) for index in range(microbatches - min(delay or 0, microbatches), microbatches)]
+
+
+def interleaved(ranks: int, microbatches: int, chunks: int = 2) -> Schedule:
+    """1F1B over several chunks per rank: 1/chunks of its bubble (Narayanan et al., arXiv 2104.04473).
+
+    Microbatches go in rounds of at least p (of all m when there are fewer), as equal as they can be; a round passes
+    through all chunks before the next one starts. Every m is legal: rounds need not be equal, only no shorter than
+    the way around the ranks, or a rank would wait for its own output of a moment before.
+    Rank r warms up with 2 (p - r - 1) + (chunks - 1) times the first round.
+    """
+    _check(ranks, microbatches)
+    if chunks < 1:
+        raise ValueError(f"chunks = {chunks}: interleaved needs at least 1 per rank")
+    count = max(microbatches // ranks, 1)
+    sizes = [microbatches // count + (index < microbatches % count) for index in range(count)]
+    starts = [0, *accumulate(sizes)]
+    rounds = [range(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+    forward = [Action(Kind.F, chunk, m) for group in rounds for chunk in range(chunks) for m in group]
+    backward = [Action(Kind.BW, chunk, m) for group in rounds for chunk in reversed(range(chunks)) for m in group]
+    rows = []
+    for rank in range(ranks):
+        warmup = min((chunks - 1) * sizes[0] + 2 * (ranks - 1 - rank), len(forward))
+        pairs = zip(forward[warmup:], backward, strict=False)
+        steady = [action for pair in pairs for action in pair]
+        rows.append(forward[:warmup] + steady + backward[len(forward) - warmup :])
+    return _schedule("interleaved", microbatches, loop_placement(ranks, chunks), rows)
+
+
+def zbv(ranks: int, microbatches: int) -> Schedule:
+    """Two chunks in a V with B and W apart: no bubble but latency when F = B = W, for p whole activations.
+
+    (Qi et al., arXiv 2401.10241, section 6.) The pattern needs 2p - 1 microbatches to unfold; with fewer, the actions
+    of those that are not there are left out.
+    """
+    _check(ranks, microbatches)
+    full = max(microbatches, 2 * ranks - 1)
+    rows = []
+    for rank in range(ranks):
+        row = _Row()
+        row.repeat(2 * (ranks - rank) - 1, "F0")
+        row.repeat(rank, "F1 F0")
+        row.repeat(ranks - rank, "F1 B1 W1")
+        row.repeat(full - 2 * ranks + 1 + rank, "F0 B0 W0 F1 B1 W1")
+        row.repeat(ranks - rank - 1, "B0 W0 F1 B1 W1")
+        row.repeat(rank, "B0 B1")
+        row.repeat(ranks - rank, "B0 W0")
+        row.repeat(rank, "W1")
+        row.repeat(rank, "W0")
+        rows.append(row.actions)
+    return _schedule("zbv", microbatches, v_placement(ranks), rows)
+
+
+def dualpipe_v(ranks: int, microbatches: int) -> Schedule:
+    """DualPipe folded into a V (DeepSeek-AI, arXiv 2412.19437): F and BW of different chunks side by side.
+
+    What makes it fast is that a neighbouring F and BW may overlap, one computing while the other communicates. Here
+    they are one after the other; an executor may run such a pair as one. The pattern needs 2p microbatches to unfold;
+    with fewer, the actions of those that are not there are left out.
+    """
+    _check(ranks, microbatches)
+    full = max(microbatches, 2 * ranks)
+    rows = []
+    for rank in range(ranks):
+        after, half = ranks - rank - 1, (rank + 1) // 2
+        row = _Row()
+        row.repeat(2 * after, "F0")
+        row.repeat(rank + 1, "F0 F1")
+        row.repeat(after, "B1 W F1")
+        row.repeat(full - 2 * ranks + rank + 1, "F0 BW1 F1 BW0")
+        row.repeat(after, "BW1 F1 BW0")
+        row.repeat(half, "BW1 BW0")
+        row.repeat((rank + 1) % 2, "BW1 B0")
+        row.repeat(half, "B1 B0")
+        row.repeat(after, "W B0")
+        row.repeat(rank + 1, "W")
+        rows.append(row.actions)
+    return _schedule("dualpipe_v", microbatches, v_placement(ranks), rows)
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "gpipe": gpipe,
+    "one_f_one_b": one_f_one_b,
+    "interleaved": interleaved,
+    "zb_h1": zb_h1,
+    "zb_h2": zb_h2,
+    "zbv": zbv,
+    "dualpipe_v": dualpipe_v,
+    "zb_auto": zb_auto,
+}
+
+
+def _check(ranks: int, microbatches: int) -> None:
+    for name, value in (("ranks", ranks), ("microbatches", microbatches)):
+        if value < 1:
+            raise ValueError(f"{name} = {value}: must be at least 1")
+
+
+def _schedule(name: str, microbatches: int, placement: Placement, rows: list[list[Action]]) -> Schedule:
+    """The rows without the microbatches that there are not."""
+    kept = tuple(tuple(action for action in row if action.microbatch < microbatches) for row in rows)
+    return Schedule(name, microbatches, placement, kept)
