@@ -1,11 +1,11 @@
-"""What a pipeline schedule is made of: actions, their order on every rank, and which rank holds which part of the model.
+"""What a pipeline schedule is made of: actions, their order on every rank, and where each part of the model is.
 
 Words. A model is cut into *virtual stages*, in the order in which a microbatch passes through them. A rank holds one or
 more of them, its *chunks*, numbered from 0; what a rank holds in all is its *stage*. An *action* is one computation of
 one microbatch in one chunk:
 
     F   forward: takes the output of the virtual stage before, gives the input of the one after
-    B   gradient of the chunk's input: takes the gradient of its output, which is what the virtual stage before waits for
+    B   gradient of the chunk's input: takes that of its output, is what the virtual stage before waits for
     W   gradient of the chunk's weights: any time after its B, nobody waits for it
     BW  both in one backward: costs B + W, and the gradient of the input leaves when all of it is done
 
@@ -128,13 +128,16 @@ class Schedule:
 
 def peak_in_flight(actions: Iterable[Action]) -> int:
     """The most activations that these actions of one rank keep at once."""
-    held = peak = 0
+    return round(peak_memory(actions, 1.0))
+
+
+def peak_memory(actions: Iterable[Action], kept: float) -> float:
+    """As `peak_in_flight` where of every activation only the share `kept` remains between its B and its W."""
+    change = {Kind.F: 1.0, Kind.B: kept - 1.0, Kind.W: -kept, Kind.BW: -1.0}
+    held = peak = 0.0
     for action in actions:
-        if action.kind is Kind.F:
-            held += 1
-            peak = max(peak, held)
-        elif action.kind is not Kind.B:
-            held -= 1
+        held += change[action.kind]
+        peak = max(peak, held)
     return peak
 
 

@@ -4,7 +4,7 @@ Two places in a step can leave a rank idle, and for each there is a stock that f
 
     before its first backward comes back, rank r can run this many forwards:
         lead[r] = 1 + (sum over the ranks q after r of F_q + B_q + 2 latency) / F_r
-    after its last B, the gradient still has to travel to rank 0. Rank r can run this many W meanwhile, if it saved them:
+    after its last B, the gradient still has to travel to rank 0. Rank r fills that time with W, if it saved this many:
         debt[r] = (sum over the ranks q before r of F_q + B_q + 2 latency) / W_r
 
 (The second counts the time by which rank r started later as well, so that all ranks take equally long.) The search
@@ -12,11 +12,11 @@ tries some multiples of both. For each, every rank decides as it goes, knowing o
 it owes more than its debt; else a B that is there; F and B in turn where both are; and in a gap that is long enough, or
 where memory is full, a W. The shortest schedule is returned.
 
-With F = B = W = 1, no latency and room for 2p - 1 activations the first guess is ZB-H2:
+With F = B = W = 1, no latency and room for 2p - 1 activations this is found for 3 ranks and 5 microbatches:
 
-    rank 0 | F0   F1   F2   F3   F4   B0   W0   B1   W1   B2   W2   B3   W3   B4   W4
-    rank 1 | .    F0   F1   F2   B0   F3   B1   F4   B2   W0   B3   W1   B4   W2   W3   W4
-    rank 2 | .    .    F0   B0   F1   B1   F2   B2   F3   B3   F4   B4   W0   W1   W2   W3   W4
+    rank 0 | F0 F1 F2 F3 F4 B0 W0 B1 W1 B2 W2 B3 W3 B4 W4
+    rank 1 | .  F0 F1 F2 B0 F3 B1 F4 B2 W0 B3 W1 B4 W2 W3 W4
+    rank 2 | .  .  F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 W0 W1 W2 W3 W4
 
 What is kept after B. A limit on memory counts activations (see `actions`). `kept` is the share of one that still waits
 for its W once its B is done. 1 is the safe bound; a transformer block without fused attention keeps 32 sbh of
@@ -57,13 +57,17 @@ def zb_auto(
     trips = [stage[Kind.F] + stage[Kind.B] + 2 * costs.latency for stage in stages]
     leads = [1 + _times(sum(trips[rank + 1 :]), stages[rank][Kind.F], microbatches) for rank in range(ranks)]
     debts = [_times(sum(trips[:rank]), stages[rank][Kind.W], microbatches) for rank in range(ranks)]
-    guesses = [([int(lead + 1e-9) + more for lead in leads], [debt * times for debt in debts])
-               for more in LEADS for times in DEBTS]
     down = range(ranks)
-    guesses += [([times * (ranks - rank) - times + 1 for rank in down], [times * rank for rank in down]) for times in (1, 2)]
+    guesses = [
+        ([int(lead + 1e-9) + more for lead in leads], [round(debt * times) for debt in debts])
+        for more in LEADS
+        for times in DEBTS
+    ]
+    for times in (1, 2):  # ZB-H1, ZB-H2
+        guesses.append(([times * (ranks - rank - 1) + 1 for rank in down], [times * rank for rank in down]))
     best: tuple[float, list[_Rank]] | None = None
     for some_leads, some_debts in guesses:
-        row = [_Rank(stages[rank], some_leads[rank], round(some_debts[rank]), limit, kept) for rank in down]
+        row = [_Rank(stages[rank], some_leads[rank], some_debts[rank], limit, kept) for rank in down]
         _run(row, microbatches, costs.latency)
         longest = max(rank.free - rank.started for rank in row)
         if best is None or longest < best[0] - 1e-9:

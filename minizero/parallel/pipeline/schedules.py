@@ -1,7 +1,8 @@
 """The schedules, each a function of the number of ranks and microbatches to a `Schedule`.
 
-Every one takes any number of microbatches from 1. The pictures show 3 ranks and 4 microbatches with F = B = W = 1;
-`.1` is a chunk.
+Every one takes any number of microbatches from 1. The pictures are those of `draw.grid` for F = B = W and no latency,
+3 ranks and 4 microbatches unless they say otherwise: a column is a chunk's F, `-` goes on with the action before, `.` is
+idle, `F2.1` is microbatch 2 in chunk 1.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from itertools import accumulate
 
 from minizero.parallel.pipeline.actions import Action, Kind, Placement, Schedule, loop_placement, v_placement
 from minizero.parallel.pipeline.auto import zb_auto
+from minizero.parallel.pipeline.simulate import Costs
 
 
 class _Row:
@@ -46,7 +48,12 @@ class _Row:
 
 
 def gpipe(ranks: int, microbatches: int) -> Schedule:
-    """All forwards, then all backwards (Huang et al., arXiv 1811.06965). Keeps m activations."""
+    """All forwards, then all backwards (Huang et al., arXiv 1811.06965). Keeps m activations.
+
+    rank 0 | F0  F1  F2  F3  .   .   .   .   .   .   BW0 -   BW1 -   BW2 -   BW3 -
+    rank 1 | .   F0  F1  F2  F3  .   .   .   BW0 -   BW1 -   BW2 -   BW3 -
+    rank 2 | .   .   F0  F1  F2  F3  BW0 -   BW1 -   BW2 -   BW3 -
+    """
     _check(ranks, microbatches)
     forward = [Action(Kind.F, 0, index) for index in range(microbatches)]
     backward = [Action(Kind.BW, 0, index) for index in range(microbatches)]
@@ -57,6 +64,10 @@ def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
     """One forward, one backward after p - r forwards to warm up (PipeDream-flush, arXiv 2006.09503).
 
     The bubble of GPipe with no more than min(p - r, m) activations kept on rank r.
+
+        rank 0 | F0  F1  F2  .   .   .   .   BW0 -   F3  BW1 -   .   BW2 -   .   BW3 -
+        rank 1 | .   F0  F1  .   .   BW0 -   F2  BW1 -   F3  BW2 -   .   BW3 -
+        rank 2 | .   .   F0  BW0 -   F1  BW1 -   F2  BW2 -   F3  BW3 -
     """
     _check(ranks, microbatches)
     rows = [_one_chunk(microbatches, ranks - rank, None) for rank in range(ranks)]
@@ -67,6 +78,10 @@ def zb_h1(ranks: int, microbatches: int) -> Schedule:
     """1F1B with its W put off until r backwards later: about a third of the bubble, p activations on every rank.
 
     (Qi et al., arXiv 2401.10241, section 2.2.)
+
+        rank 0 | F0 F1 F2 .  .  B0 W0 F3 B1 W1 B2 W2 B3 W3
+        rank 1 | .  F0 F1 .  B0 F2 B1 W0 F3 B2 W1 B3 W2 W3
+        rank 2 | .  .  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3
     """
     _check(ranks, microbatches)
     rows = [_one_chunk(microbatches, ranks - rank, rank) for rank in range(ranks)]
@@ -77,6 +92,10 @@ def zb_h2(ranks: int, microbatches: int) -> Schedule:
     """More forwards to warm up and W put off further: no bubble but latency when F = B = W, for 2p - 1 activations.
 
     (Qi et al., arXiv 2401.10241, section 2.3.)
+
+        rank 0 | F0 F1 F2 F3 .  B0 W0 B1 W1 B2 W2 B3 W3
+        rank 1 | .  F0 F1 F2 B0 F3 B1 .  B2 W0 B3 W1 W2 W3
+        rank 2 | .  .  F0 B0 F1 B1 F2 B2 F3 B3 W0 W1 W2 W3
     """
     _check(ranks, microbatches)
     rows = [_one_chunk(microbatches, 2 * (ranks - rank) - 1, 2 * rank) for rank in range(ranks)]
@@ -92,7 +111,8 @@ def _one_chunk(microbatches: int, warmup: int, delay: int | None) -> list[Action
             row.append(Action(Kind.W, 0, index - delay))
         if index + warmup < microbatches:
             row.append(Action(Kind.F, 0, index + warmup))
-    return row + [Action(Kind.W, 0, index) for index in range(microbatches - min(delay or 0, microbatches), microbatches)]
+    owed = min(delay or 0, microbatches)
+    return row + [Action(Kind.W, 0, index) for index in range(microbatches - owed, microbatches)]
 
 
 def interleaved(ranks: int, microbatches: int, chunks: int = 2) -> Schedule:
@@ -102,6 +122,11 @@ def interleaved(ranks: int, microbatches: int, chunks: int = 2) -> Schedule:
     through all chunks before the next one starts. Every m is legal: rounds need not be equal, only no shorter than
     the way around the ranks, or a rank would wait for its own output of a moment before.
     Rank r warms up with 2 (p - r - 1) + (chunks - 1) times the first round.
+
+    2 ranks, 2 microbatches:
+
+        rank 0 | F0    F1    F0.1  F1.1  .     .     BW0.1 -     .     BW1.1 -     BW0   -     BW1   -
+        rank 1 | .     F0    F1    F0.1  BW0.1 -     F1.1  BW1.1 -     BW0   -     BW1   -
     """
     _check(ranks, microbatches)
     if chunks < 1:
@@ -126,6 +151,11 @@ def zbv(ranks: int, microbatches: int) -> Schedule:
 
     (Qi et al., arXiv 2401.10241, section 6.) The pattern needs 2p - 1 microbatches to unfold; with fewer, the actions
     of those that are not there are left out.
+
+    2 ranks, 3 microbatches:
+
+        rank 0 | F0   F1   F2   F0.1 B0.1 W0.1 F1.1 B1.1 W1.1 B0   W0   F2.1 B2.1 W2.1 B1   W1   B2   W2
+        rank 1 | .    F0   F0.1 F1   F1.1 B0.1 W0.1 F2   B0   W0   F2.1 B1.1 W1.1 B1   B2.1 B2   W1   W2.1 W2
     """
     _check(ranks, microbatches)
     full = max(microbatches, 2 * ranks - 1)
@@ -151,6 +181,11 @@ def dualpipe_v(ranks: int, microbatches: int) -> Schedule:
     What makes it fast is that a neighbouring F and BW may overlap, one computing while the other communicates. Here
     they are one after the other; an executor may run such a pair as one. The pattern needs 2p microbatches to unfold;
     with fewer, the actions of those that are not there are left out.
+
+    2 ranks, 4 microbatches, in order and without the waiting:
+
+        rank 0 | F0 F1 F2 F0.1 B0.1 W0.1 F1.1 F3 BW1.1 F2.1 BW0 BW2.1 F3.1 BW1 BW3.1 B2 W2 B3 W3
+        rank 1 | F0 F0.1 F1 F1.1 F2 BW0.1 F2.1 BW0 F3 BW1.1 F3.1 BW1 BW2.1 BW2 B3.1 B3 W3.1 W3
     """
     _check(ranks, microbatches)
     full = max(microbatches, 2 * ranks)
@@ -182,6 +217,39 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "dualpipe_v": dualpipe_v,
     "zb_auto": zb_auto,
 }
+"""By name. All take `ranks, microbatches`; interleaved takes `chunks`, zb_auto `costs`, `memory_limit` and `kept`."""
+
+
+def build(
+    name: str,
+    ranks: int,
+    microbatches: int,
+    chunks: int | None = None,
+    costs: Costs | None = None,
+    memory_limit: float | None = None,
+    kept: float | None = None,
+) -> Schedule:
+    """The schedule `name`, with those of the options that it takes.
+
+    Raises ValueError when the others do not fit: chunks that it cannot have, or more activations on some rank than
+    `memory_limit` whole ones. Costs decide an order only in zb_auto.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule {name!r}: legal are {', '.join(SCHEDULES)}")
+    if name == "zb_auto":
+        schedule = zb_auto(ranks, microbatches, costs, memory_limit, 1.0 if kept is None else kept)
+    elif kept is not None:
+        raise ValueError(f"kept = {kept} is for zb_auto, not {name}")
+    elif name == "interleaved" and chunks is not None:
+        schedule = interleaved(ranks, microbatches, chunks)
+    else:
+        schedule = SCHEDULES[name](ranks, microbatches)
+    if chunks not in (None, schedule.chunks):
+        raise ValueError(f"chunks = {chunks}: {name} has {schedule.chunks} per rank; any number: interleaved")
+    peak = max(schedule.peak_in_flight) / schedule.chunks
+    if memory_limit is not None and name != "zb_auto" and peak > memory_limit:
+        raise ValueError(f"{name} keeps {peak:g} activations, more than memory_limit = {memory_limit:g}")
+    return schedule
 
 
 def _check(ranks: int, microbatches: int) -> None:

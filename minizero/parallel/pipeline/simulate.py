@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from minizero.parallel.pipeline.actions import Action, Kind, Schedule, peak_in_flight
 
@@ -42,6 +43,23 @@ class Costs:
             for number in value if isinstance(value, Sequence) else [value]:
                 if not 0 <= number < float("inf"):
                     raise ValueError(f"cost {name} = {number}: must be a number from 0")
+
+    @classmethod
+    def parse(cls, text: str) -> Costs:
+        """From text such as `F=18.5,B=18.1,W=9.3,latency=0.6`; a cost per rank is `F=18/18/18/20`."""
+        found: dict[str, Any] = {}
+        for part in text.split(","):
+            name, _, value = (word.strip() for word in part.partition("="))
+            if name not in ("F", "B", "W", "latency") or name in found:
+                raise ValueError(f"cost {part.strip()!r}: legal are F=, B=, W= and latency=, each once")
+            try:
+                numbers = tuple(map(float, value.split("/")))
+            except ValueError:
+                raise ValueError(f"cost {part.strip()!r}: not a number") from None
+            if name == "latency" and len(numbers) > 1:
+                raise ValueError(f"cost {part.strip()!r}: the latency is one number")
+            found[name] = numbers if len(numbers) > 1 else numbers[0]
+        return cls(**found)
 
     def durations(self, schedule: Schedule) -> list[dict[Kind, float]]:
         """What each kind of action takes in each virtual stage."""

@@ -1,10 +1,10 @@
 """What ranks send each other, derived from the actions and the placement.
 
-The output of an F goes to the rank that holds the next virtual stage, the gradient of a B or BW to the one before; where
-that is the same rank (the turn of a V, the ends of one rank's chunks) nothing is sent. `transfers` lists them, `steps`
-puts them between the actions.
+The output of an F goes to the rank that holds the next virtual stage, the gradient of a B or BW to the one before;
+where that is the same rank (the turn of a V, the ends of one rank's chunks) nothing is sent. `transfers` lists them,
+`steps` puts them between the actions. Both take a schedule that `validate` has passed.
 
-The order of `steps` cannot deadlock, even where a send waits for its receive and neither is ever in the background. Both
+The order of `steps` cannot deadlock, even where a send waits for its receive and neither is in the background. Both
 are placed by one walk through the whole schedule: whenever an action has run, its transfer takes place at once, on both
 ranks, between the actions that they have reached. So there is one order of everything that happens, which every rank
 follows, and whatever is first in it can go on. It also puts the sends from one rank to another in the order of the

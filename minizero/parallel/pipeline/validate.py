@@ -103,7 +103,9 @@ def _check_order(schedule: Schedule) -> None:
     for rank in stuck:
         action = schedule.actions[rank][at[rank]]
         stage = schedule.virtual_stages[rank, action.chunk]
-        missing = [place for place in needs(action.kind, stage, action.microbatch, schedule.stages) if place not in done]
+        missing = [
+            place for place in needs(action.kind, stage, action.microbatch, schedule.stages) if place not in done
+        ]
         waits[rank] = min((where[place] for place in missing), key=lambda found: found[0] != rank)
         if waits[rank][0] == rank:
             later = schedule.actions[rank][waits[rank][1]]
@@ -127,11 +129,8 @@ def _check_order(schedule: Schedule) -> None:
 def _fail(schedule: Schedule, rank: int, index: int, message: str, names_action: bool = True) -> None:
     row = schedule.actions[rank]
     name = f"{row[index]} " if names_action else ""
-    raise ScheduleError(
-        f"schedule {schedule.name}, rank {rank}, action {index}: {name}{message}\n{neighbourhood(schedule, rank, index)}",
-        rank,
-        index,
-    )
+    head = f"schedule {schedule.name}, rank {rank}, action {index}: {name}{message}"
+    raise ScheduleError(f"{head}\n{neighbourhood(schedule, rank, index)}", rank, index)
 
 
 def neighbourhood(schedule: Schedule, rank: int, index: int) -> str:
@@ -139,7 +138,8 @@ def neighbourhood(schedule: Schedule, rank: int, index: int) -> str:
     ranks = range(max(rank - 1, 0), min(rank + 2, schedule.ranks))
     places = range(max(index - WINDOW, 0), index + WINDOW + 1)
     cells = {
-        each: [str(schedule.actions[each][i]) if i < len(schedule.actions[each]) else "" for i in places] for each in ranks
+        each: [str(schedule.actions[each][i]) if i < len(schedule.actions[each]) else "" for i in places]
+        for each in ranks
     }
     cells[rank][index - places.start] = f">{cells[rank][index - places.start]}<"
     width = max(len(cell) for row in [*cells.values(), [str(places.stop - 1)]] for cell in row)
