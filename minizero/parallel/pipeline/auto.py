@@ -12,7 +12,7 @@ tries some multiples of both. For each, every rank decides as it goes, knowing o
 it owes more than its debt; else a B that is there; F and B in turn where both are; and in a gap that is long enough, or
 where memory is full, a W. The shortest schedule is returned.
 
-With F = B = W = 1, no latency and room for 2p - 1 activations this is found for 3 ranks and 5 microbatches:
+With F = B = W = 1, no latency and room for 2p - 1 activations `schedules.zb_auto` finds this for 3 ranks and 5 microbatches:
 
     rank 0 | F0 F1 F2 F3 F4 B0 W0 B1 W1 B2 W2 B3 W3 B4 W4
     rank 1 | .  F0 F1 F2 B0 F3 B1 F4 B2 W0 B3 W1 B4 W2 W3 W4
@@ -29,7 +29,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, field
 
-from minizero.parallel.pipeline.actions import Action, Kind, Schedule, loop_placement
+from minizero.parallel.pipeline.actions import Action, Kind
 from minizero.parallel.pipeline.simulate import Costs
 
 NEVER = float("inf")
@@ -39,41 +39,26 @@ DEBTS = (0.0, 0.25, 0.5, 0.8, 0.9, 1.0, 1.1, 1.2)
 """Multiples of the debt."""
 
 
-def zb_auto(
-    ranks: int, microbatches: int, costs: Costs | None = None, memory_limit: float | None = None, kept: float = 1.0
-) -> Schedule:
-    """The shortest schedule found that keeps no more than `memory_limit` activations on any rank (2p unless given).
-
-    One chunk per rank, any number of microbatches from 1. `kept` is what of an activation remains between B and W.
-    """
-    limit = 2 * ranks if memory_limit is None else memory_limit
-    for name, value in (("ranks", ranks), ("microbatches", microbatches), ("memory_limit", limit)):
-        if not value >= 1:
-            raise ValueError(f"{name} = {value}: must be at least 1")
-    if not 0 <= kept <= 1:
-        raise ValueError(f"kept = {kept}: must be from 0 (a B frees everything) to 1 (nothing)")
-    costs = costs or Costs()
+def search(ranks: int, microbatches: int, costs: Costs, limit: float, kept: float) -> tuple[tuple[Action, ...], ...]:
+    """The actions per rank of the shortest schedule found, which keeps no more than `limit` activations on any rank."""
     stages = costs.over(ranks, 1, range(ranks))
     trips = [stage[Kind.F] + stage[Kind.B] + 2 * costs.latency for stage in stages]
     leads = [1 + _times(sum(trips[rank + 1 :]), stages[rank][Kind.F], microbatches) for rank in range(ranks)]
     debts = [_times(sum(trips[:rank]), stages[rank][Kind.W], microbatches) for rank in range(ranks)]
-    down = range(ranks)
     guesses = [
         ([int(lead + 1e-9) + more for lead in leads], [round(debt * times) for debt in debts])
         for more in LEADS
         for times in DEBTS
     ]
-    for times in (1, 2):  # ZB-H1, ZB-H2
-        guesses.append(([times * (ranks - rank - 1) + 1 for rank in down], [times * rank for rank in down]))
     best: tuple[float, list[_Rank]] | None = None
     for some_leads, some_debts in guesses:
-        row = [_Rank(stages[rank], some_leads[rank], some_debts[rank], limit, kept) for rank in down]
+        row = [_Rank(stages[rank], some_leads[rank], some_debts[rank], limit, kept) for rank in range(ranks)]
         _run(row, microbatches, costs.latency)
         longest = max(rank.free - rank.started for rank in row)
         if best is None or longest < best[0] - 1e-9:
             best = longest, row
     assert best is not None
-    return Schedule("zb_auto", microbatches, loop_placement(ranks), tuple(tuple(rank.actions) for rank in best[1]))
+    return tuple(tuple(rank.actions) for rank in best[1])
 
 
 def _times(whole: float, part: float, most: int) -> float:

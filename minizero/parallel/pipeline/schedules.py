@@ -1,8 +1,8 @@
 """The schedules, each a function of the number of ranks and microbatches to a `Schedule`.
 
 Every one takes any number of microbatches from 1. The pictures are those of `draw.grid` for F = B = W and no latency,
-3 ranks and 4 microbatches unless they say otherwise: a column is a chunk's F, `-` goes on with the action before, `.` is
-idle, `F2.1` is microbatch 2 in chunk 1.
+3 ranks and 4 microbatches unless they say otherwise: a column is a chunk's F, `-` goes on with the action before, `.`
+is idle, `F2.1` is microbatch 2 in chunk 1.
 """
 
 from __future__ import annotations
@@ -11,9 +11,17 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from itertools import accumulate
 
-from minizero.parallel.pipeline.actions import Action, Kind, Placement, Schedule, loop_placement, v_placement
-from minizero.parallel.pipeline.auto import zb_auto
-from minizero.parallel.pipeline.simulate import Costs
+from minizero.parallel.pipeline.actions import (
+    Action,
+    Kind,
+    Placement,
+    Schedule,
+    loop_placement,
+    peak_memory,
+    v_placement,
+)
+from minizero.parallel.pipeline.auto import search
+from minizero.parallel.pipeline.simulate import Costs, simulate
 
 
 class _Row:
@@ -205,6 +213,28 @@ def dualpipe_v(ranks: int, microbatches: int) -> Schedule:
         row.repeat(rank + 1, "W")
         rows.append(row.actions)
     return _schedule("dualpipe_v", microbatches, v_placement(ranks), rows)
+
+
+def zb_auto(
+    ranks: int, microbatches: int, costs: Costs | None = None, memory_limit: float | None = None, kept: float = 1.0
+) -> Schedule:
+    """The shortest of ZB-H1, ZB-H2 and what `auto` finds for these costs, in a given memory.
+
+    No rank keeps more than `memory_limit` activations, 2p unless given; `kept` is what of one remains between its B and
+    its W. One chunk per rank.
+    """
+    limit = 2 * ranks if memory_limit is None else memory_limit
+    _check(ranks, microbatches)
+    if not limit >= 1:
+        raise ValueError(f"memory_limit = {limit}: must be at least 1")
+    if not 0 <= kept <= 1:
+        raise ValueError(f"kept = {kept}: must be from 0 (a B frees everything) to 1 (nothing)")
+    costs = costs or Costs()
+    rows = [search(ranks, microbatches, costs, limit, kept)]
+    rows += [made.actions for made in (zb_h1(ranks, microbatches), zb_h2(ranks, microbatches))]
+    found = [Schedule("zb_auto", microbatches, loop_placement(ranks), row) for row in rows]
+    fitting = [one for one in found if max(peak_memory(row, kept) for row in one.actions) <= limit + 1e-9]
+    return min(fitting, key=lambda one: max(simulate(one, costs).spans))
 
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
