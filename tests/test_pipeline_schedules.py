@@ -471,6 +471,17 @@ def test_what_the_validator_says(rows, where, message):
     assert (caught.value.rank, caught.value.index) == where
 
 
+def test_names_outside_the_schedule():
+    good = from_lists(OWN)
+    for extra, message in (
+        (Action(Kind.F, 0, 2), "microbatch 2; expected: microbatches 0 to 1"),
+        (Action(Kind.W, 1, 0), "chunk 1"),
+    ):
+        with pytest.raises(ScheduleError) as caught:
+            validate(replace(good, actions=((*good.actions[0], extra), good.actions[1])))
+        assert message in str(caught.value) and (caught.value.rank, caught.value.index) == (0, 4)
+
+
 def test_ranks_may_take_microbatches_in_orders_of_their_own():
     assert validate(from_lists([OWN[0], ["F1", "BW1", "F0", "BW0"]])) == (2, 1)
 
@@ -654,7 +665,9 @@ def test_pictures_are_well_formed(tmp_path):
         assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG\r\n")
         events = json.loads((tmp_path / "out.json").read_text())["traceEvents"]
         ran = [event for event in events if event["ph"] == "X"]
-        assert len(ran) == count * len(timelines) and min(event["ts"] for event in ran) == 0
+        assert len(ran) == count * len(timelines) and all(
+            min(event["ts"] for event in ran if event["pid"] == index) == 0 for index in range(len(timelines))
+        )
         assert {event["pid"] for event in ran} == set(range(len(timelines)))
         text = (tmp_path / "out.txt").read_text()
         assert text.count("rank 2 |") == len(timelines) and "F4.1" in text

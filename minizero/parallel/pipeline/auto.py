@@ -12,7 +12,7 @@ tries some multiples of both. For each, every rank decides as it goes, knowing o
 it owes more than its debt; else a B that is there; F and B in turn where both are; and in a gap that is long enough, or
 where memory is full, a W. The shortest schedule is returned.
 
-With F = B = W = 1, no latency and room for 2p - 1 activations `schedules.zb_auto` finds this for 3 ranks and 5 microbatches:
+For 3 ranks and 5 microbatches, F = B = W, no latency and room for 2p - 1 activations, this is found:
 
     rank 0 | F0 F1 F2 F3 F4 B0 W0 B1 W1 B2 W2 B3 W3 B4 W4
     rank 1 | .  F0 F1 F2 B0 F3 B1 F4 B2 W0 B3 W1 B4 W2 W3 W4

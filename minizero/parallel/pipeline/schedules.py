@@ -126,10 +126,10 @@ def _one_chunk(microbatches: int, warmup: int, delay: int | None) -> list[Action
 def interleaved(ranks: int, microbatches: int, chunks: int = 2) -> Schedule:
     """1F1B over several chunks per rank: 1/chunks of its bubble (Narayanan et al., arXiv 2104.04473).
 
-    Microbatches go in rounds of at least p (of all m when there are fewer), as equal as they can be; a round passes
-    through all chunks before the next one starts. Every m is legal: rounds need not be equal, only no shorter than
-    the way around the ranks, or a rank would wait for its own output of a moment before.
-    Rank r warms up with 2 (p - r - 1) + (chunks - 1) times the first round.
+    Microbatches go in rounds of at least p (of all m when there are fewer), as equal as they can be, the longer ones
+    first; a round passes through all chunks before the next one starts. So every m is legal, a multiple of p or not.
+    Rounds far shorter than p would block: a rank would wait for what it has itself put off. So would rounds that grow:
+    rank r warms up with 2 (p - r - 1) + (chunks - 1) times the first round, which must do for all.
 
     2 ranks, 2 microbatches:
 
