@@ -1,4 +1,4 @@
-"""The verbs: `minizero train | doctor`, small conveniences around `torchrun -m minizero.train`."""
+"""The verbs: `minizero train | doctor | pipeline`, small conveniences around `torchrun -m minizero.train`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,16 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from minizero.config import ConfigError
 from minizero.config.load import load
+from minizero.parallel.pipeline.actions import read_csv, write_csv
+from minizero.parallel.pipeline.draw import caption, grid, save
+from minizero.parallel.pipeline.schedules import SCHEDULES, build
+from minizero.parallel.pipeline.simulate import Costs, simulate
+from minizero.parallel.pipeline.validate import validate
 
 PACKAGES = ("minizero", "torch", "numpy", "pydantic", "tokenizers", "safetensors", "transformers", "deepspeed")
+
+WIDEST_GRID = 240
+"""Characters of a line; a wider grid is not printed (`--draw FILE.txt` writes it)."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,12 +49,14 @@ def main(arguments: list[str] | None = None) -> int:
     doctor = verbs.add_parser("doctor", help="show versions, devices and backends")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
 
+    add_pipeline(verbs)
+
     known, overrides = parser.parse_known_args(arguments)
     if known.verb == "train":
         return train_verb(known.config, known.nproc, known.json, overrides)
     if overrides:
         parser.error(f"unknown arguments: {' '.join(overrides)}")
-    return doctor_verb(known.json)
+    return pipeline_verb(known) if known.verb == "pipeline" else doctor_verb(known.json)
 
 
 def train_verb(config: str, nproc: str | None, as_json: bool, overrides: list[str]) -> int:
@@ -133,6 +143,59 @@ def doctor_verb(as_json: bool) -> int:
     for name, value in report.items():
         text = ", ".join(f"{k} {v or '-'}" for k, v in value.items()) if isinstance(value, dict) else value
         print(f"{name:<12}{', '.join(text) or 'none' if isinstance(text, list) else text}")
+    return 0
+
+
+def add_pipeline(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The arguments of `minizero pipeline`."""
+    pipeline = verbs.add_parser("pipeline", help="prove, time and draw a pipeline schedule", allow_abbrev=False)
+    source = pipeline.add_mutually_exclusive_group(required=True)
+    source.add_argument("--schedule", help=", ".join(SCHEDULES))
+    source.add_argument("--csv", metavar="FILE", help="your own: a row of actions per rank, such as F0,F1,BW0,BW1")
+    pipeline.add_argument("--stages", type=int, metavar="P", help="ranks, each with one stage")
+    pipeline.add_argument("--microbatches", type=int, metavar="M")
+    pipeline.add_argument("--chunks", type=int, metavar="V", help="chunks per rank (interleaved: 2 unless given)")
+    pipeline.add_argument("--cost", default="", metavar="F=..,B=..,W=..,latency=..", help="1, 1, 1 and 0 unless given")
+    pipeline.add_argument("--memory-limit", type=float, metavar="N", help="activations of a whole stage on any rank")
+    pipeline.add_argument("--kept", type=float, metavar="SHARE", help="zb_auto: of an activation, between B and W")
+    pipeline.add_argument("--draw", metavar="FILE", help=".svg, .png, .json (trace), .txt (grid) or .csv (for --csv)")
+    pipeline.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def pipeline_verb(options: argparse.Namespace) -> int:
+    """Prove, simulate and show a schedule; returns the exit code."""
+    try:
+        costs = Costs.parse(options.cost) if options.cost else Costs()
+        fixed = [name for name in ("stages", "microbatches") if getattr(options, name) is not None]
+        if options.csv:
+            others = [name for name in ("chunks", "memory_limit", "kept") if getattr(options, name) is not None]
+            if fixed + others:
+                raise ValueError(
+                    f"--{(fixed + others)[0].replace('_', '-')} does not go with --csv: the file says it all"
+                )
+            schedule = read_csv(options.csv)
+        elif len(fixed) < 2:
+            raise ValueError("--schedule needs --stages and --microbatches")
+        else:
+            size = (options.stages, options.microbatches, options.chunks)
+            schedule = build(options.schedule, *size, costs, options.memory_limit, options.kept)
+        peak = validate(schedule)
+        timeline = simulate(schedule, costs)
+        if options.draw and Path(options.draw).suffix == ".csv":
+            write_csv(schedule, options.draw)
+        elif options.draw:
+            save(options.draw, timeline)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"minizero pipeline: {error}") from None
+    if options.json:
+        found = {"schedule": schedule.name, "ranks": schedule.ranks, "chunks": schedule.chunks}
+        found |= {"microbatches": schedule.microbatches, "bubble": timeline.bubble, "makespan": timeline.makespan}
+        print(json.dumps(found | {"peak_in_flight": peak, "order": schedule.order}))
+        return 0
+    print(caption(timeline))
+    picture = grid(timeline)
+    if max(map(len, picture.splitlines())) <= WIDEST_GRID:
+        print(picture)
     return 0
 
 
