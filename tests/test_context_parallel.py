@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from harness import DistributedError, run_distributed
+from harness import run_distributed
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_tensor_parallel import BATCH, LENGTH, VOCAB, Foreign, batches, foreign, make, train_plainly
 from torch import Tensor, nn
-from training import relative_error
+from training import refused_everywhere, relative_error, run_steps
 
 import minizero
 from minizero.config.schema import ModelConfig
@@ -245,12 +244,7 @@ def train(
         plan = {f"model.{key}": style for key, style in plan_of(target).items()}
     config = settings(cp, context, tp, stage, sequence, accumulation, parallel={"plan": plan})
     engine, *_ = minizero.initialize(model=model, config=config)
-    losses, norms = [], []
-    for batch in batches(steps):
-        parts = {k: v.view(accumulation, engine.dp_size, -1, LENGTH)[:, engine.dp_rank] for k, v in batch.items()}
-        micro = [{key: part[index] for key, part in parts.items()} for index in range(accumulation)]
-        losses.append(float(engine.train_batch(iter(micro))))
-        norms.append(engine.get_global_grad_norm())
+    losses, norms = run_steps(engine, batches(steps), accumulation)
     return {"losses": losses, "norms": norms, "logits": logits(engine)}
 
 
@@ -477,7 +471,4 @@ class Weighted(nn.Module):
     ),
 )
 def test_bad_input_is_one_clear_error_on_every_rank(kind, world, message):
-    with pytest.raises(DistributedError, match=message) as caught:
-        run_distributed(misuse, world, kind, timeout=30)
-    assert len(caught.value.failures) == world
-    assert all(re.search(message, text) for text in caught.value.failures.values())
+    refused_everywhere(misuse, world, message, kind)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from harness import run_distributed
 from test_tensor_parallel import BATCH, LENGTH, VOCAB, batches, randomized
 from torch import nn
-from training import relative_error
+from training import relative_error, run_steps
 
 import minizero
 from minizero.config.schema import ModelConfig
@@ -124,13 +124,7 @@ def train(
     engine, *_ = minizero.initialize(model=model, config=settings)
     numbers = [module.number for module in model.modules() if isinstance(module, Dropout)]
     assert len(set(numbers)) == len(numbers) > 4
-    losses, norms = [], []
-    for batch in batches(steps):
-        parts = {k: v.view(accumulation, engine.dp_size, -1, LENGTH)[:, engine.dp_rank] for k, v in batch.items()}
-        micro = [{key: part[index] for key, part in parts.items()} for index in range(accumulation)]
-        losses.append(float(engine.train_batch(iter(micro))))
-        norms.append(engine.get_global_grad_norm())
-    return losses, norms
+    return run_steps(engine, batches(steps), accumulation)
 
 
 @pytest.mark.parametrize(
@@ -166,9 +160,11 @@ def foreign_gpt2(tp: int, sequence: bool, mode: str, steps: int) -> Any:
     sizes = {"vocab_size": VOCAB, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 16, "n_inner": 37}
     config = transformers.GPT2Config(**sizes, resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3, use_cache=False)
     model = transformers.GPT2LMHeadModel(config).double()
+    if mode == "theirs":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     settings = minizero.Config(
         parallel={"tp": tp, "sequence": sequence},
-        recompute={"mode": mode},
+        recompute={"mode": "none" if mode == "theirs" else mode},
         train={"micro_batch_size": 4},
         optimizer={"lr": 3e-3},
         dist={"timeout": 20.0},
@@ -238,7 +234,7 @@ def streams_drawn() -> dict[str, list[float]]:
     streams = RandomStreams(seed=3, data_rank=7, tensor_rank=rank, device=torch.device("cpu"))
     drawn: dict[str, list[float]] = {"whole": [], "part": []}
     for _ in range(2):
-        streams.begin()
+        streams.begin(step=3)
         for name in ("whole", "part", "whole", "part"):
             streams.use(name)
             drawn[name].append(float(torch.rand(1)))
@@ -251,3 +247,22 @@ def test_streams_agree_where_tensors_are_whole_and_differ_where_they_are_parts()
     assert first["whole"] == second["whole"] and not set(first["part"]) & set(second["part"])
     everything = [*first["whole"], *first["part"], *second["part"]]
     assert len(set(everything)) == len(everything)
+
+
+def test_streams_are_given_back_by_whoever_gives_back_torchs_generator():
+    """transformers' own checkpointing, which knows nothing of streams."""
+    plain, again = (run_distributed(foreign_gpt2, 2, 2, False, mode, 3)[0] for mode in ("none", "theirs"))
+    assert relative_error(again[0], plain[0]) < 1e-12
+    assert all(torch.allclose(again[1][key], value, rtol=1e-9, atol=1e-12) for key, value in plain[1].items())
+
+
+def test_a_resumed_run_draws_what_the_other_would_have_drawn():
+    def draw(streams: RandomStreams, step: int) -> float:
+        streams.begin(step)
+        drawn = float(torch.rand(1))
+        streams.end()
+        return drawn
+
+    straight, resumed = (RandomStreams(1, 0, 0, torch.device("cpu")) for _ in range(2))
+    drawn = [draw(straight, step) for step in (0, 0, 1, 1, 2)]
+    assert [draw(resumed, step) for step in (1, 1, 2)] == drawn[2:] and len(set(drawn)) == 5

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from harness import run_distributed
 from test_tensor_parallel import randomized
 from torch import Tensor, nn
-from training import relative_error
+from training import relative_error, run_steps, train_with_torch
 
 import minizero
 from minizero.config.schema import ModelConfig
@@ -101,17 +101,7 @@ def batches(steps: int) -> list[dict[str, Tensor]]:
 
 def train_plainly(family: str, dtype: torch.dtype, steps: int) -> tuple[list[float], list[float]]:
     """torch alone."""
-    model = make(family, dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
-    losses, norms = [], []
-    for batch in batches(steps):
-        total, count = model(**batch)
-        (total / count).backward()
-        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float((total / count).detach()))
-    return losses, norms
+    return train_with_torch(make(family, dtype), batches(steps), 1e-3)
 
 
 def settings(cell: Cell, accumulation: int = 1, **more: Any) -> minizero.Config:
@@ -136,13 +126,7 @@ def settings(cell: Cell, accumulation: int = 1, **more: Any) -> minizero.Config:
 def train(cell: Cell, dtype: torch.dtype, steps: int, accumulation: int = 1, **more: Any) -> Any:
     model = make(cell[-1], dtype)
     engine, *_ = minizero.initialize(model=model, config=settings(cell, accumulation, **more))
-    losses, norms = [], []
-    for batch in batches(steps):
-        parts = {k: v.view(accumulation, engine.dp_size, -1, LENGTH)[:, engine.dp_rank] for k, v in batch.items()}
-        micro = [{key: part[index] for key, part in parts.items()} for index in range(accumulation)]
-        losses.append(float(engine.train_batch(iter(micro))))
-        norms.append(engine.get_global_grad_norm())
-    return losses, norms
+    return run_steps(engine, batches(steps), accumulation)
 
 
 def world_of(cell: Cell) -> int:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from harness import DistributedError, run_distributed
+from harness import run_distributed
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from training import relative_error
+from training import refused_everywhere, relative_error, run_steps, train_with_torch
 
 import minizero
 from minizero.config.schema import ModelConfig
@@ -123,17 +122,7 @@ def batches(steps: int) -> list[dict[str, torch.Tensor]]:
 
 
 def train_plainly(name: str, steps: int, dtype: torch.dtype) -> tuple[list[float], list[float]]:
-    model = make(name).to(dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    losses, norms = [], []
-    for batch in batches(steps):
-        total, count = model(**batch)
-        (total / count).backward()
-        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float((total / count).detach()))
-    return losses, norms
+    return train_with_torch(make(name).to(dtype), batches(steps), 3e-3)
 
 
 def settings(tp: int, stage: int = 0, sequence: bool = False, accumulation: int = 1, **more: Any) -> minizero.Config:
@@ -161,13 +150,8 @@ def train(
     plan = Own.plan if name == "own" else plan
     config = settings(tp, stage, sequence, accumulation, parallel={"plan": plan})
     engine, *_ = minizero.initialize(model=model, config=config)
-    losses, norms = [], []
     engine.ledger.reset()
-    for batch in batches(steps):
-        parts = {k: v.view(accumulation, engine.dp_size, -1, LENGTH)[:, engine.dp_rank] for k, v in batch.items()}
-        micro = [{key: part[index] for key, part in parts.items()} for index in range(accumulation)]
-        losses.append(float(engine.train_batch(iter(micro))))
-        norms.append(engine.get_global_grad_norm())
+    losses, norms = run_steps(engine, batches(steps), accumulation)
     weights = {n: v.clone() for n, v in engine.runtime.whole_parameters()}
     return {"losses": losses, "norms": norms, "weights": weights, "counts": dict(engine.ledger.counts)}
 
@@ -369,7 +353,4 @@ def misuse(kind: str) -> None:
     ),
 )
 def test_bad_input_is_one_clear_error_on_every_rank(kind, world, message):
-    with pytest.raises(DistributedError, match=message) as caught:
-        run_distributed(misuse, world, kind, timeout=20)
-    assert len(caught.value.failures) == world
-    assert all(re.search(message, text) for text in caught.value.failures.values())
+    refused_everywhere(misuse, world, message, kind)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+from harness import DistributedError, run_distributed
 from torch import Tensor
 from toys import BATCH, LENGTH, batches, make
 
@@ -73,6 +76,41 @@ def train(
     report.memory = engine.memory_bytes()
     report.weights = whole_weights(model)
     return report
+
+
+def run_steps(engine: Any, batches: list[dict[str, Tensor]], accumulation: int = 1) -> tuple[list[float], list[float]]:
+    """(losses, norms) of a step per global batch, of which each data-parallel rank takes its part."""
+    losses, norms = [], []
+    for batch in batches:
+        parts = {k: v.view(accumulation, engine.dp_size, -1, *v.shape[1:])[:, engine.dp_rank] for k, v in batch.items()}
+        micro = [{key: part[index] for key, part in parts.items()} for index in range(accumulation)]
+        losses.append(float(engine.train_batch(iter(micro))))
+        norms.append(engine.get_global_grad_norm())
+    return losses, norms
+
+
+def train_with_torch(
+    model: torch.nn.Module, batches: list[dict[str, Tensor]], lr: float
+) -> tuple[list[float], list[float]]:
+    """(losses, norms) of torch alone, AdamW and clipping as `settings` have them."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
+    losses, norms = [], []
+    for batch in batches:
+        total, count = model(**batch)
+        (total / count).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float((total / count).detach()))
+    return losses, norms
+
+
+def refused_everywhere(function: Any, world: int, message: str, *arguments: Any) -> None:
+    """Every rank of `world` raises an error that `message` matches, in time."""
+    with pytest.raises(DistributedError, match=message) as caught:
+        run_distributed(function, world, *arguments, timeout=30)
+    assert len(caught.value.failures) == world
+    assert all(re.search(message, text) for text in caught.value.failures.values())
 
 
 def relative_error(found: list[float], wanted: list[float]) -> float:

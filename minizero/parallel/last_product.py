@@ -25,6 +25,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from minizero.utils.autograd import newest_node
 from minizero.utils.forward import discarded
 
 READ_NO_VALUES = frozenset(
@@ -90,12 +91,12 @@ class ProductCounter(TorchFunctionMode):
     def _skip_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not torch.is_grad_enabled():  # inside a Function of ours, whose node has just been made
             return self._skip(input.new_empty(*input.shape[:-1], weight.shape[0]))
-        return self._skip(_Linear.apply(input, weight, bias))
+        return self._skip(_UnreadLinear.apply(input, weight, bias))
 
     def _skip_matmul(self, input: Tensor, other: Tensor) -> Tensor:
         if not torch.is_grad_enabled() or input.dim() < 2 or input.shape[:-2] != other.shape[:-2]:
             return torch.matmul(input, other)
-        return self._skip(_Matmul.apply(input, other))
+        return self._skip(_UnreadMatmul.apply(input, other))
 
     def _skip(self, y: Tensor) -> Tensor:
         self.skipped = newest_node() if y.grad_fn is None else y.grad_fn._sequence_nr()
@@ -108,7 +109,7 @@ class ProductCounter(TorchFunctionMode):
         super().__exit__(*failure)
 
 
-class _Linear(Function):
+class _UnreadLinear(Function):
     """`F.linear` without its value: only its place in the graph."""
 
     @staticmethod
@@ -125,7 +126,7 @@ class _Linear(Function):
         return dx, dw, dy_TF.sum(dim=0) if ctx.needs_input_grad[2] else None
 
 
-class _Matmul(Function):
+class _UnreadMatmul(Function):
     """a[.., R, K] b[.., K, C] without its value: only its place in the graph."""
 
     @staticmethod
@@ -138,13 +139,6 @@ class _Matmul(Function):
         (a, b), dy = ctx.saved_tensors, grads[0]
         da = dy @ b.transpose(-1, -2) if ctx.needs_input_grad[0] else None
         return da, a.transpose(-1, -2) @ dy if ctx.needs_input_grad[1] else None
-
-
-def newest_node() -> int:
-    """Number of the autograd node that this thread made last."""
-    with torch.enable_grad():
-        made: Any = torch.ones((), requires_grad=True).neg().grad_fn
-    return made._sequence_nr() - 1
 
 
 def is_unread(outputs: Sequence[Tensor], skipped: int) -> bool:

@@ -4,10 +4,10 @@ Such dropout draws from torch's default generator. Ranks must agree on the mask 
 must not on those of their parts. So a forward draws from two streams (Megatron-LM's "CUDA RNG tracker"): **whole**, the
 same on all tensor-parallel ranks, and **part**, different on each; layers switch where a region begins and ends.
 
-`whole` is seeded anew for each forward from (seed, number of the forward, data rank), and `part` each time it is
-switched to, from where `whole` then is and the rank. So there is nothing to save: a resumed run draws what the
-uninterrupted one would have drawn, and who gives back torch's generator, as every checkpoint does, gives back both.
-Outside the model the default generator is the caller's.
+`whole` is seeded anew for each forward from (seed, step, number of the forward in the step, data rank), and `part` each
+time it is switched to, from where `whole` then is and the rank. A bit of the seed says which of them the generator is.
+So there is nothing to save: a resumed run draws what the uninterrupted one would have drawn, and who gives back torch's
+generator, as every checkpoint does, gives back both. Outside the model the default generator is the caller's.
 
 These masks repeat exactly when a block is computed again. They are not the same in every layout: for that, use
 `minizero.models.dropout.Dropout`.
@@ -27,6 +27,7 @@ from minizero.utils.forward import running
 
 Name = Literal["whole", "part"]
 State = Tensor | None
+PART = 1 << 32  # the bit of a seed that makes it a part's
 
 
 class RandomStreams:
@@ -38,15 +39,15 @@ class RandomStreams:
 
     def __init__(self, seed: int, data_rank: int, tensor_rank: int, device: torch.device) -> None:
         self.seed, self.data_rank, self.tensor_rank, self.device = seed, data_rank, tensor_rank, device
-        self.forwards = 0
-        self._whole: Tensor | None = None  # the state of `whole` while `part` is drawn from
+        self._forward = (-1, 0)  # step, and number in it, of the last one
+        self._whole: Tensor | None = None  # the state of `whole` when `part` was switched to
         self._callers: Tensor | None = None
 
-    def begin(self) -> None:
-        """A forward begins: draw from `whole`."""
+    def begin(self, step: int) -> None:
+        """A forward of `step` begins: draw from `whole`."""
         self._callers, self._whole = self._get(), None
-        self._seed(zlib.crc32(f"{self.seed}/{self.forwards}/{self.data_rank}".encode()))
-        self.forwards += 1
+        self._forward = step, self._forward[1] + 1 if self._forward[0] == step else 0
+        self._seed(zlib.crc32(f"{self.seed}/{self._forward}/{self.data_rank}".encode()))
 
     def end(self) -> None:
         """The forward is over: the default generator is the caller's again."""
@@ -56,14 +57,18 @@ class RandomStreams:
 
     def use(self, name: Name) -> None:
         """Draw from `name` from now on."""
-        if name == "part" and self._whole is None:
+        if name == "part" and not self._draws_from_part():
             now = zlib.crc32(self._get().numpy().tobytes())
             torch.rand(1, device=self.device)  # the next time `whole` is elsewhere
             self._whole = self._get()
-            self._seed(zlib.crc32(f"{now}/{self.tensor_rank}".encode()) | 1 << 32)
-        elif name == "whole" and self._whole is not None:
+            self._seed(zlib.crc32(f"{now}/{self.tensor_rank}".encode()) | PART)
+        elif name == "whole" and self._draws_from_part() and self._whole is not None:
             self._set(self._whole)
             self._whole = None
+
+    def _draws_from_part(self) -> bool:
+        seed = torch.cuda.initial_seed() if self.device.type == "cuda" else torch.initial_seed()
+        return bool(seed & PART)
 
     def state(self) -> State:
         """What `restored` needs; the active stream's own state is the default generator's."""

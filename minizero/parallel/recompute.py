@@ -63,8 +63,8 @@ class Options:
 
 
 @dataclass
-class Placeholder:
-    """Stands for the tensor number `index` in a block's arguments."""
+class Slot:
+    """Where the tensor number `index` goes in a block's arguments."""
 
     index: int
 
@@ -74,7 +74,7 @@ class Call:
     """One call of a block, as its backward will repeat it.
 
     Attributes:
-        function, arguments, spec: what is called, and with what; tensors are placeholders.
+        function, arguments, spec: what is called, and with what; tensors are slots.
         captured: see the module's glossary.
         state: what the second pass gets back.
         shapes: of the first pass's tensors, with dtypes. values: copies of them, where they are compared.
@@ -93,7 +93,7 @@ class Call:
 
     def again(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The tensors of the second pass, with their graph."""
-        filled = [inputs[leaf.index] if isinstance(leaf, Placeholder) else leaf for leaf in self.arguments]
+        filled = [inputs[leaf.index] if isinstance(leaf, Slot) else leaf for leaf in self.arguments]
         args, kwargs = tree_unflatten(filled, self.spec)
 
         def run() -> list[Tensor]:
@@ -175,7 +175,7 @@ def checkpoint_block(function: Callable[..., Any], *args: Any, options: Options 
     leaves, spec = tree_flatten((args, kwargs))
     inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     counter = iter(range(len(inputs)))
-    arguments = [Placeholder(next(counter)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    arguments = [Slot(next(counter)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     state, versions = PassState.now(inputs), [tensor._version for tensor in inputs]
     watch = FirstPass(inputs)
     with torch.no_grad(), generators_watched(function) if options.check else nullcontext(), watch:
@@ -346,7 +346,7 @@ class PassState:
             stack.enter_context(forward_of(self.forward))
             for kind, enabled, dtype in self.autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
-            if self.streams is not None and self.forward is not None:
+            if self.forward is not None and self.forward.streams is not None:
                 stack.enter_context(self.forward.streams.restored(self.streams))
             torch.set_rng_state(self.cpu)
             if self.cuda is not None:

@@ -21,7 +21,8 @@ from minizero.parallel.activation_memory import SavedBytes
 from minizero.parallel.context import ContextAttention
 from minizero.parallel.foreign import foreign_decoders
 from minizero.parallel.plan import same_parts
-from minizero.parallel.recompute import Options, PassState, checkpoint_block, current_options
+from minizero.parallel.recompute import Options, PassState, buffers_put_back, checkpoint_block, current_options
+from minizero.utils.forward import Forward, running
 from minizero.utils.undo import Removable, Undo
 
 Agree = Callable[[list[int]], list[int]]
@@ -60,13 +61,19 @@ def apply_recompute(
         raise ValueError(
             f"recompute.mode {settings.mode}: {kind} has no repeated blocks; name modules and use selective"
         )
-    for _, decoder in foreign_decoders(model):
-        decoder.config.use_cache = False  # a cache would be filled a second time in backward
+    undo: list[Removable] = [without_cache(decoder) for _, decoder in foreign_decoders(model)]
     if settings.mode == "full":
-        return [checkpoint_forward(module) for _, module in blocks[:: settings.every]]
+        return [*undo, *(checkpoint_forward(module) for _, module in blocks[:: settings.every])]
     assert settings.budget is not None
     budget = ByteBudget(settings.budget, len(blocks), agree)
-    return [checkpoint_forward(module, BudgetedBlock(budget, index)) for index, (_, module) in enumerate(blocks)]
+    deciders = [BudgetedBlock(budget, index, module) for index, (_, module) in enumerate(blocks)]
+    return [*undo, *(checkpoint_forward(decider.module, decider) for decider in deciders)]
+
+
+def without_cache(decoder: Any) -> Undo:
+    """Turn a transformers decoder's cache off: it would be filled a second time in backward."""
+    before, decoder.config.use_cache = decoder.config.use_cache, False
+    return Undo(partial(setattr, decoder.config, "use_cache", before))
 
 
 def chosen_modules(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
@@ -82,6 +89,8 @@ def chosen_modules(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]
         if not matches:
             raise ValueError(f"recompute.modules: {pattern!r} matches no module of {type(model).__name__}")
         found |= matches
+    for outer, inner in ((a, b) for a in found for b in found if b.startswith(f"{a}.")):
+        raise ValueError(f"recompute.modules: {outer} and {inner} inside it are both chosen; legal: one of them")
     return [*found.values()]
 
 
@@ -166,6 +175,7 @@ class ByteBudget:
         self.budget, self.num_blocks, self.agree = budget, num_blocks, agree
         self.measured: dict[int, BlockBytes] = {}
         self.chosen: set[int] | None = None
+        self.measured_in: Forward | None = None
 
     def choose(self) -> set[int]:
         """Raises ValueError when even computing every block again takes more than the budget."""
@@ -191,28 +201,33 @@ class ByteBudget:
 
 
 class BudgetedBlock:
-    """Whether block `index` is computed again: always while blocks are measured, then as the budget chose."""
+    """Whether block `index` is computed again: always in the first forward, which measures, then as chosen."""
 
-    def __init__(self, budget: ByteBudget, index: int) -> None:
-        self.budget, self.index = budget, index
+    def __init__(self, budget: ByteBudget, index: int, module: nn.Module) -> None:
+        self.budget, self.index, self.module = budget, index, module
 
     def __call__(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> bool:
         budget = self.budget
-        if budget.chosen is None and self.index in budget.measured:  # the second forward begins
-            budget.chosen = budget.choose()
-        if budget.chosen is None:
-            budget.measured[self.index] = measure(forward, args, kwargs)
-            return True
-        return self.index in budget.chosen
+        if budget.chosen is None and budget.measured and running() is not budget.measured_in:
+            budget.chosen, budget.measured_in = budget.choose(), None  # another forward begins
+        if budget.chosen is not None:
+            return self.index in budget.chosen
+        budget.measured_in = running()
+        if self.index not in budget.measured:
+            budget.measured[self.index] = measure(self.module, forward, args, kwargs)
+        return True
 
 
-def measure(forward: Callable[..., Any], args: Any, kwargs: Any) -> BlockBytes:
-    """Run a block once more for its saved bytes; random state is as if it had not run."""
-    owner: Any = forward
+def measure(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> BlockBytes:
+    """Run a block's `forward` once more for its saved bytes; random state is as if it had not run."""
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     cut = tree_map(lambda leaf: leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf,
                    (args, kwargs))  # fmt: skip
-    with PassState.now(inputs).restored(), SavedBytes(without=owner.__self__.parameters()) as saved:
+    with (
+        buffers_put_back(module),
+        PassState.now(inputs).restored(),
+        SavedBytes(without=module.parameters()) as saved,
+    ):
         forward(*cut[0], **cut[1])
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in inputs if t.requires_grad}
     return BlockBytes(saved.total, sum(storages.values()))

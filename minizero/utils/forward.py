@@ -9,7 +9,6 @@ Shape suffixes: B batch, S positions of the whole sequence, L those that this ra
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from minizero.utils.autograd import MadeBy, next_node
 from minizero.utils.undo import Removable
 
 
@@ -76,37 +76,18 @@ def in_backward() -> bool:
 
 
 class History:
-    """The forwards since the last step, by the numbers of the autograd nodes that they made.
+    """The forwards since the last step, by the autograd nodes that they made.
 
     A block that others compute again (torch's checkpoint) runs inside backward, in no forward of its own. The node that
     asked for it says whose it is.
     """
 
     def __init__(self) -> None:
-        self._begins: list[int] = []
-        self._forwards: list[Forward] = []
-
-    def begin(self, forward: Forward) -> None:
-        """`forward` makes the nodes from here on."""
-        self._begins.append(next_node())
-        self._forwards.append(forward)
-
-    def clear(self) -> None:
-        self._begins.clear()
-        self._forwards.clear()
+        self.made_by: MadeBy[Forward] = MadeBy()
 
     def of_running_node(self) -> Forward | None:
         node: Any = torch._C._current_autograd_node()
-        if node is None or not self._forwards:
-            return None
-        return self._forwards[max(bisect_right(self._begins, node._sequence_nr()) - 1, 0)]
-
-
-def next_node() -> int:
-    """The number of the next autograd node that this thread makes."""
-    with torch.enable_grad():
-        made: Any = torch.ones((), requires_grad=True).neg().grad_fn
-    return made._sequence_nr() + 1
+        return None if node is None else self.made_by.of(node)
 
 
 @contextmanager
@@ -134,6 +115,7 @@ class ForwardEntry:
     def __init__(self, model: nn.Module, **shared: Any) -> None:
         self.step, self.shared = 0, shared
         self.history = History()
+        self._begins: list[int] = []  # of the running forwards: the numbers of their first nodes
         self.stale_before = 0  # nodes with smaller numbers were made before the last step
         self.hooks: list[Removable] = [  # what `remove` takes off again
             model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True),
@@ -143,20 +125,22 @@ class ForwardEntry:
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         forward = Forward(step=self.step, inputs=samples((args, kwargs)), **self.shared)
         _STACK.append(forward)
-        if torch.is_grad_enabled():
-            self.history.begin(forward)
+        self._begins.append(next_node())
         if not module.training:
             forward.streams = None
         if forward.streams is not None:
-            forward.streams.begin()
+            forward.streams.begin(self.step)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        forward = _STACK.pop()
-        if isinstance(forward, Forward) and forward.streams is not None:
+        forward, begin = _STACK.pop(), self._begins.pop()
+        assert isinstance(forward, Forward)
+        if torch.is_grad_enabled():
+            self.history.made_by.add(begin, next_node(), forward)
+        if forward.streams is not None:
             forward.streams.end()
 
     def stepped(self, step: int) -> None:
         """Parameters have changed: what was computed before is of no use any more."""
         self.step = step
-        self.history.clear()
+        self.history.made_by.clear()
         self.stale_before = next_node()

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from minizero.dist.collectives import CollectiveError, Communicator
-from minizero.zero.graph import MadeBy, next_number
+from minizero.utils.autograd import MadeBy, next_node
 from minizero.zero.unit import State, Unit
 
 
@@ -137,7 +137,7 @@ class ParameterGatherer:
             if unit.has_frozen and torch.is_grad_enabled():
                 self._watch_input_gradients(unit, (args, kwargs))
             if torch.is_grad_enabled() and not self.backward_active:
-                self._began[unit] = next_number()
+                self._began[unit] = next_node()
 
         return before
 
@@ -146,7 +146,7 @@ class ParameterGatherer:
             if self._suspended:
                 return
             if unit in self._began:
-                self._made_by.add(self._began.pop(unit), next_number(), unit)
+                self._made_by.add(self._began.pop(unit), next_node(), unit)
             if torch.is_grad_enabled() and (outputs := differentiable(output)):
                 register_multi_grad_hook(outputs, lambda _: self._before_backward(unit), mode="any")
             if not unit.held and not unit.in_backward:

@@ -4,22 +4,15 @@ Two questions: which leaves get a gradient, and through which nodes the pass ent
 forward made. The outputs of the forward are not the only way in: a unit may have left another tensor behind (an
 auxiliary loss, a value kept on the module) that reaches the loss around them.
 
-Nodes carry the number in which they were made, so a forward's nodes are those made between its beginning and its end.
+Which nodes a forward made, `utils.autograd.MadeBy` remembers.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
-import torch
 from torch import Tensor
-
-T = TypeVar("T")
-REMEMBERED = 1 << 12  # forwards without a step between them; the graphs of older ones are gone
-NO_NUMBER = 1 << 63  # leaves have the largest number there is
 
 
 def edges_behind(loss: Tensor) -> list[tuple[Any, Any]]:
@@ -41,41 +34,3 @@ def edges_behind(loss: Tensor) -> list[tuple[Any, Any]]:
 def leaves_of(edges: Iterable[tuple[Any, Any]]) -> set[Tensor]:
     """The leaves that the pass will reach."""
     return {node.variable for _, node in edges if hasattr(node, "variable")}
-
-
-class MadeBy(Generic[T]):
-    """Remembers who made which nodes."""
-
-    def __init__(self) -> None:
-        self._begins: deque[int] = deque(maxlen=REMEMBERED)
-        self._ends: deque[tuple[int, T]] = deque(maxlen=REMEMBERED)
-
-    def add(self, begin: int, end: int, maker: T) -> None:
-        """Nodes numbered [begin, end) are `maker`'s; calls come in the order of the numbers."""
-        self._begins.append(begin)
-        self._ends.append((end, maker))
-
-    def clear(self) -> None:
-        self._begins.clear()
-        self._ends.clear()
-
-    def entries(self, edges: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, T]]:
-        """(node, maker) wherever a pass over `edges` enters a maker's nodes from outside."""
-        begins, ends = list(self._begins), list(self._ends)
-
-        def forward_of(node: Any) -> int | None:
-            number = NO_NUMBER if node is None else node._sequence_nr()
-            index = bisect_right(begins, number) - 1
-            return index if index >= 0 and number < ends[index][0] else None
-
-        for after, node in edges:
-            index = forward_of(node)
-            if index is not None and forward_of(after) != index:
-                yield node, ends[index][1]
-
-
-def next_number() -> int:
-    """The number of the next node that this thread makes."""
-    with torch.enable_grad():
-        made: Any = torch.ones((), requires_grad=True).neg().grad_fn
-    return made._sequence_nr() + 1
