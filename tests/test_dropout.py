@@ -266,3 +266,14 @@ def test_a_resumed_run_draws_what_the_other_would_have_drawn():
     straight, resumed = (RandomStreams(1, 0, 0, torch.device("cpu")) for _ in range(2))
     drawn = [draw(straight, step) for step in (0, 0, 1, 1, 2)]
     assert [draw(resumed, step) for step in (1, 1, 2)] == drawn[2:] and len(set(drawn)) == 5
+
+
+def test_a_checkpoint_that_broke_off_inside_a_part_leaves_no_trace():
+    streams = RandomStreams(1, 0, 0, torch.device("cpu"))
+    streams.begin(0)
+    whole = torch.get_rng_state()
+    streams.use("part")
+    first = float(torch.rand(1))
+    torch.set_rng_state(whole)  # as a checkpoint does before it computes again
+    streams.use("part")
+    assert float(torch.rand(1)) == first

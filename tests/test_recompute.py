@@ -20,11 +20,17 @@ from training import train as train_a_toy
 
 import minizero
 from minizero.config.schema import ModelConfig
+from minizero.dist.collectives import Communicator
+from minizero.dist.dims import ParallelDims
+from minizero.dist.ledger import CommLedger
+from minizero.dist.mesh import build_mesh
 from minizero.dist.sharding import split_sizes
 from minizero.models import build
 from minizero.parallel.activation_memory import BlockShape, SavedBytes, block_bytes, shared_bytes
+from minizero.parallel.last_product import PRODUCTS
 from minizero.parallel.recompute import Options, RecomputeError, checkpoint_block
 from minizero.parallel.recompute_model import BlockBytes, ByteBudget
+from minizero.parallelize import agreement
 
 # ---- one block ----
 
@@ -220,6 +226,43 @@ def test_the_last_product_is_left_out():
             y.sum().backward()
         products = sum(event.count for event in profile.key_averages() if event.key in ("aten::addmm", "aten::mm"))
         assert products == (2 if not learnt else 1) + 4  # forward again, and two gradients of each
+
+
+def test_a_hook_on_the_last_layer_sees_its_values():
+    block, x, seen = Ending("sum"), torch.randn(3, 5, 7, requires_grad=True), []
+    block.down.register_forward_hook(lambda module, args, out: seen.append(float(out.detach().sum())))
+    for _ in range(3):
+        checkpoint_block(block, x).sum().backward()
+    assert len(seen) == 6 and len(set(seen)) == 1
+    assert block not in PRODUCTS  # memory that was not written may hold the right values by chance
+
+
+def sums_per_step() -> list[int]:
+    """All-reduces in the layers, of each step under full recompute over two tensor-parallel ranks."""
+    config = minizero.Config(parallel={"tp": 2}, recompute={"mode": "full"}, train={"micro_batch_size": BATCH})
+    engine, *_ = minizero.initialize(model=make("llama"), config=config)
+    found = []
+    for batch in batches(3):
+        engine.ledger.reset()
+        engine.train_batch(iter([batch]))
+        counts = engine.ledger.counts.items()
+        found.append(sum(c.calls for key, c in counts if key[1] == "all_reduce" and ".layers." in key[3]))
+    return found
+
+
+def test_what_would_sum_the_last_product_over_ranks_is_left_out_too():
+    """2 layers of 4, and 2 more of a second pass; from the second step on, 1 more."""
+    assert run_distributed(sums_per_step, 2)[0] == [12, 10, 10]
+
+
+def agreed() -> list[int]:
+    comm = Communicator(build_mesh(ParallelDims(2, cp=2)), "dp", CommLedger())
+    agree = agreement(comm.along("tp"), comm.along("cp"), torch.device("cpu"))
+    return agree([10 + dist.get_rank(), 20 - dist.get_rank()])
+
+
+def test_ranks_that_communicate_decide_from_the_same_numbers():
+    assert run_distributed(agreed, 2) == [[11, 20], [11, 20]]
 
 
 # ---- blocks that cannot be computed again ----

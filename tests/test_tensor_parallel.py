@@ -270,6 +270,17 @@ def test_communication_per_layer_is_the_closed_form(tp, sequence):
     assert in_layers == {op: (n * layers, n * layers * activations) for op, n in expected.items()}
 
 
+def units_of_a_wide_vocabulary() -> set[str]:
+    sizes = {"hidden_size": 8, "num_layers": 2, "num_heads": 4, "intermediate_size": 8, "tie_embeddings": False}
+    model = build(ModelConfig(**sizes), 997, LENGTH)
+    engine, *_ = minizero.initialize(model=model, config=settings(2, 3))
+    return {unit.name for unit in engine.runtime.units}
+
+
+def test_large_layers_that_are_cut_are_units_of_their_own():
+    assert {"model.embed_tokens", "lm_head"} <= run_distributed(units_of_a_wide_vocabulary, 4)[0]
+
+
 # ---- files and initial values ----
 
 
