@@ -16,6 +16,7 @@ from minizero.config import Config
 from minizero.dist.collectives import CollectiveError
 from minizero.dist.dims import ParallelDims
 from minizero.engine import Engine
+from minizero.parallel.pipeline.module import LayerSpec, PipelineModule, TiedLayerSpec
 from minizero.zero import unsharded
 
 __version__ = "0.1.0"
@@ -35,7 +36,10 @@ __all__ = [
     "CollectiveError",
     "Config",
     "Engine",
+    "LayerSpec",
     "ParallelDims",
+    "PipelineModule",
+    "TiedLayerSpec",
     "add_config_arguments",
     "checkpointing",
     "init_distributed",

@@ -32,6 +32,7 @@ from minizero.engine import Engine
 from minizero.optim.build import build_optimizer
 from minizero.optim.loss_scale import LossScaler
 from minizero.optim.schedules import build_schedule
+from minizero.parallel.pipeline.module import PipelineModule
 from minizero.parallelize import parallelize
 from minizero.utils.forward import ForwardEntry
 from minizero.utils.memory import keep_freed_memory
@@ -79,6 +80,7 @@ def initialize(
     settings = from_any(one_config(args, config, config_params))
     if model is None:
         raise ValueError("initialize() needs a model")
+    settings = with_stages_of(model, settings)
     if mpu is not None or mesh_param is not None:
         raise ValueError(
             "initialize(mpu=, mesh_param=) is not available: tensor and pipeline degrees are settings (parallel.tp, "
@@ -91,10 +93,13 @@ def initialize(
     init_distributed(settings.dist.backend, distributed_port=distributed_port, timeout=settings.dist.timeout)
     mesh, comm, device = join(settings, model)
     batch = settings.batch(comm.size // settings.parallel.cp)
-    parallel = parallelize(model, settings, comm, device)
+    parallel = parallelize(model, settings, comm, device, batch.accumulation)
     policy = Policy.from_config(settings, device, comm.size)
-    runtime = ZeroRuntime(model, comm, policy, device, settings.train.seed, parallel.layout)
-    inner = make_optimizer(optimizer, model, current(model_parameters, runtime), settings)
+    runtime = ZeroRuntime(model, comm, policy, device, settings.train.seed, parallel.layout, parallel.pipeline)
+    renamed = {old: runtime.replaced.get(new, new) for old, new in parallel.replaced.items()}
+    runtime.replaced |= renamed
+    inner = make_optimizer(optimizer, model, current(model_parameters, runtime, parallel.removed), settings)
+    leave_out(inner, parallel.removed)
     sharded = ZeroOptimizer(
         inner,
         runtime,
@@ -120,6 +125,7 @@ def initialize(
         config=settings,
         dataloader=loader,
         entry=entry,
+        stages=parallel,
     )
     return engine, sharded, loader, schedule
 
@@ -233,18 +239,39 @@ def make_optimizer(optimizer: Any, model: nn.Module, model_parameters: Any, sett
     return build_optimizer(settings.optimizer, parameters)
 
 
-def current(model_parameters: Any, runtime: ZeroRuntime) -> list[Any] | None:
-    """`model_parameters` (tensors or param groups) with those of the meta device replaced by the model's own."""
+def current(model_parameters: Any, runtime: ZeroRuntime, removed: set[nn.Parameter]) -> list[Any] | None:
+    """`model_parameters` (tensors or param groups) with those of the meta device replaced by the model's own.
+
+    Without those that other pipeline stages have.
+    """
     if model_parameters is None:
         return None
 
     def replace(item: Any) -> Any:
         if isinstance(item, dict):
             members = [item["params"]] if isinstance(item["params"], nn.Parameter) else item["params"]
-            return {**item, "params": [replace(p) for p in members]}
+            return {**item, "params": [replace(p) for p in members if p not in removed]}
         return runtime.replaced.get(item, item)
 
-    return [replace(item) for item in model_parameters]
+    return [replace(item) for item in model_parameters if isinstance(item, dict) or item not in removed]
+
+
+def leave_out(optimizer: torch.optim.Optimizer, removed: set[nn.Parameter]) -> None:
+    """Take parameters that other pipeline stages have out of an optimizer's groups, which may be left empty."""
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if p not in removed]
+
+
+def with_stages_of(model: nn.Module, settings: Config) -> Config:
+    """The settings with `parallel.pp` as a `PipelineModule` asks. Raises ValueError when they contradict each other."""
+    stages = model.num_stages if isinstance(model, PipelineModule) else None
+    given = settings.parallel.pp if "pp" in settings.parallel.model_fields_set else None
+    if stages is None or stages == given:
+        return settings
+    if given is not None:
+        raise ValueError(f"PipelineModule(num_stages={stages}) and parallel.pp = {given} contradict each other")
+    parallel = settings.parallel.model_copy(update={"pp": stages})
+    return settings.model_copy(update={"parallel": parallel})
 
 
 def make_schedule(lr_scheduler: Any, optimizer: ZeroOptimizer, settings: Config) -> Any:

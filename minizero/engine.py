@@ -12,7 +12,7 @@ which is exact for ragged batches where a mean of means is not.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
@@ -31,8 +31,12 @@ from minizero.config import Config
 from minizero.config.batch import BatchSizes
 from minizero.config.deepspeed import to_deepspeed
 from minizero.dist.collectives import CollectiveError, Communicator
+from minizero.dist.links import Links
 from minizero.models.dropout import hash_samples
 from minizero.observe.log import EngineLog
+from minizero.parallel.pipeline.executor import Executor
+from minizero.parallelize import Parallelized
+from minizero.pipelined import Pipelined
 from minizero.utils.forward import ForwardEntry, forward_of, samples
 from minizero.utils.warnings import warn_once
 from minizero.zero.optimizer import StepResult, Window, ZeroOptimizer
@@ -66,6 +70,7 @@ class Engine:
         config: Config,
         entry: ForwardEntry,
         dataloader: Any = None,
+        stages: Parallelized | None = None,
     ) -> None:
         self.module = module
         self.optimizer = optimizer
@@ -88,17 +93,19 @@ class Engine:
         self._step_pending = False  # between a backward and its step
         self._synchronize = True
         self._iterator: Iterator[Any] | None = None
-        self._compares_inputs = config.parallel.tp * config.parallel.cp > 1
+        self._compares_inputs = config.parallel.tp * config.parallel.cp * config.parallel.pp > 1
+        self.pipeline = None if stages is None or stages.stage is None else self._pipeline(stages)
 
     # ---- one micro-batch ----
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward; float inputs are cast to the compute dtype."""
+        self._refuse_in_pipeline("engine(batch)", "train_batch(data_iter), eval_batch(data_iter) or infer(batches)")
         if self._compares_inputs:
-            self._compare_inputs(args, kwargs)
+            self._compare_inputs((args, kwargs))
         with self.ledger.phase("forward" if self.module.training else "eval"), self.log.timer("forward"):
             try:
-                return self.module(*tree_map(self._to_compute, args), **tree_map(self._to_compute, kwargs))
+                return self._call(args, kwargs)
             except Exception:  # not an interrupt: unwinding waits for peers, which are being interrupted too
                 with suppress(CollectiveError):  # the first one says more
                     self.runtime.unwind()
@@ -106,21 +113,32 @@ class Engine:
 
     forward = __call__
 
-    def _compare_inputs(self, args: Any, kwargs: Any) -> None:
-        """Raise ValueError on all ranks when tensor- or context-parallel ranks were given different batches."""
+    def _call(self, args: Any, kwargs: Any) -> Any:
+        return self.module(*tree_map(self._to_compute, args), **tree_map(self._to_compute, kwargs))
+
+    def _refuse_in_pipeline(self, what: str, legal: str) -> None:
+        if self.pipeline is not None:
+            raise RuntimeError(
+                f"parallel.pp = {self.settings.parallel.pp}: {what} is a part of a step, which a pipeline schedules as a "
+                f"whole; legal: {legal}"
+            )
+
+    def _compare_inputs(self, inputs: Any) -> None:
+        """Raise ValueError on all ranks when tensor-, context- or pipeline-parallel ranks were given different batches."""
         self._compares_inputs = self.settings.debug.collectives  # else the first forward is enough to find out
-        given = samples((args, kwargs))
+        given = samples(inputs)
         row = torch.tensor([len(given), given[0].numel() if given else 0, 0], device=self.device)
         row[2] = hash_samples(given).long().sum() if given else 0
         with self.ledger.phase("forward"):
             rows = self.world.gather_rows(row, "inputs of the first forward").cpu()
-        together = rows.view(-1, self.settings.parallel.cp * self.settings.parallel.tp, 3)
-        different = (together != together[:, :1]).any(dim=-1)
+        parallel = self.settings.parallel
+        together = rows.view(parallel.pp, -1, parallel.cp * parallel.tp, 3)
+        different = (together != together[:1, :, :1]).any(dim=-1)
         if bool(different.any()):
             raise ValueError(
                 f"ranks {different.flatten().nonzero()[:, 0].tolist()} were given other batches than the first of "
-                "their tensor- and context-parallel ranks; legal: the same for all of one data-parallel rank (see "
-                "engine.dp_rank and engine.dp_size)"
+                "their tensor-, context- and pipeline-parallel ranks; legal: the same for all of one data-parallel rank "
+                "(see engine.dp_rank and engine.dp_size)"
             )
 
     def backward(self, loss: Loss, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -132,21 +150,12 @@ class Engine:
 
         Returns the loss that was differentiated (without the fp16 scale), as DeepSpeed does.
         """
+        self._refuse_in_pipeline("backward(loss)", "train_batch(data_iter), which does all of a step")
         boundary, self._step_pending = self._next_is_boundary(), True
-        value, tokens = loss if isinstance(loss, tuple) else (loss, None)
-        if not isinstance(value, Tensor) or value.dim() != 0 or not value.requires_grad:
-            raise ValueError(
-                "backward needs a 0-d loss that depends on trainable parameters, or a pair (loss sum, token count)"
-            )
+        value, tokens = checked(loss)
         if value.grad_fn is not None and value.grad_fn._sequence_nr() < self.entry.stale_before:
             raise RuntimeError("backward of a loss computed before the last step: the parameters have changed since")
-        count = None if tokens is None else torch.as_tensor(tokens, device=self.device)
-        if tokens is None and self.batch.accumulation > 1:
-            warn_once(
-                "a mean loss with gradient accumulation is a mean of means: exact only if all micro-batches hold "
-                "equally many tokens. Give backward a pair (loss sum, token count) otherwise."
-            )
-        self._window.add(value, count)
+        self._add_to_window(value, tokens)
         if tokens is None and scale_wrt_gas:
             value = value / self.batch.accumulation
         with self.ledger.phase("backward"), self.log.timer("backward"):
@@ -163,12 +172,21 @@ class Engine:
         self.micro_steps += 1
         return value.detach()
 
+    def _add_to_window(self, value: Tensor, tokens: Any) -> None:
+        if tokens is None and self.batch.accumulation > 1:
+            warn_once(
+                "a mean loss with gradient accumulation is a mean of means: exact only if all micro-batches hold "
+                "equally many tokens. Give backward a pair (loss sum, token count) otherwise."
+            )
+        self._window.add(value, None if tokens is None else torch.as_tensor(tokens, device=self.device))
+
     def step(self, lr_kwargs: None = None) -> None:
         """On the accumulation boundary: clip, update, gather, advance the schedule. Elsewhere nothing.
 
         Raises FloatingPointError as `ZeroOptimizer.step_window` says, RuntimeError when `loss.backward()` took the
         place of `engine.backward(loss)`.
         """
+        self._refuse_in_pipeline("step()", "train_batch(data_iter), which does all of a step")
         if lr_kwargs:
             raise ValueError("step(lr_kwargs=...) is not available: schedules depend on the step number alone")
         self._step_pending = False
@@ -227,11 +245,13 @@ class Engine:
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Take over the count of the accumulation boundary: until further notice it is what the caller says."""
+        self._refuse_in_pipeline("set_gradient_accumulation_boundary()", "train_batch(data_iter), one whole step")
         self._boundary = bool(is_boundary)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Keep whole gradients on this rank inside. Legal at every stage; costs their memory at stages 2 and 3."""
+        self._refuse_in_pipeline("no_sync()", "train_batch(data_iter), which reduces once per step")
         outer, self._synchronize = self._synchronize, False
         try:
             yield
@@ -254,34 +274,98 @@ class Engine:
             )
         iterator = self._training_iterator() if data_iter is None else data_iter
         self.module.train()
-        for _ in range(self.batch.accumulation):
-            self.backward(loss_of(self._forward_batch(next(iterator))))
-        self.step()
+        if self.pipeline is not None:
+            self._pipelined_step([next(iterator) for _ in range(self.batch.accumulation)])
+        else:
+            for _ in range(self.batch.accumulation):
+                self.backward(loss_of(self._forward_batch(next(iterator))))
+            self.step()
         assert self.result is not None
         return torch.tensor(self.result.loss, dtype=torch.float64)
 
-    @torch.no_grad()
+    def _pipelined_step(self, batches: list[Any]) -> None:
+        assert self.pipeline is not None
+        if self._compares_inputs:
+            self._compare_inputs(batches)
+        try:
+            with self.log.timer("forward and backward"):
+                self.pipeline.train(batches)
+        except Exception:
+            self.optimizer.window = Window()
+            with suppress(CollectiveError):
+                self.runtime.abort()
+            raise
+        self.micro_steps += len(batches)
+        self._window.micro_batches = len(batches)  # also on ranks that have seen no loss
+        self._update(1.0)
+
+    def _pipeline(self, stages: Parallelized) -> Pipelined:
+        """The pipeline's executor, which calls back for the model and its loss."""
+        assert stages.stage is not None and stages.schedule is not None and stages.pipeline is not None
+        executor = Executor(
+            stages.schedule,
+            stages.stage,
+            Links(stages.pipeline.comm, self.device),
+            self.runtime,
+            self.ledger,
+            call=lambda batch: self._call(*arguments(self._on_device(batch))),
+            seed_of=self._seed_of,
+            gather=self.settings.pipeline.gather,
+            reduce_each=self.settings.zero.accumulation == "sharded",
+            around_backward=lambda: forward_of(self.entry.history),
+        )
+        return Pipelined(executor, stages.pipeline.comm, self.device)
+
+    def _seed_of(self, output: Any) -> tuple[Tensor, Tensor]:
+        """The loss in a microbatch's output, entered into the window, and the gradient that backward begins with."""
+        value, tokens = checked(loss_of(output))
+        self._add_to_window(value, tokens)
+        share = self.batch.accumulation if tokens is None else 1
+        return value, torch.full_like(value, self.optimizer.scaler.scale / share)
+
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
         """Mean loss, over all ranks, of one global batch in evaluation mode; collective. 0-d float64."""
+        total = self.evaluate([next(data_iter) for _ in range(self.batch.accumulation)])
+        return total[0] / total[1]
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Any]) -> Tensor:
+        """(sum of losses, tokens or batches behind it) of these batches of all ranks, in evaluation mode; collective.
+
+        Data-parallel ranks may have different batches, and different numbers of them. float64 [2], on the host.
+        """
         was_training = self.module.training
         self.module.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         try:
-            for _ in range(self.batch.accumulation):
-                loss = loss_of(self._forward_batch(next(data_iter)))
+            outputs = map(self._forward_batch, batches) if self.pipeline is None else self.pipeline.infer([*batches])
+            for output in outputs:
+                loss = loss_of(output)
                 value, count = loss if isinstance(loss, tuple) else (loss, torch.ones(()))
                 total += torch.stack([value.double().to(self.device), count.double().to(self.device)])
         finally:
             self.module.train(was_training)
         with self.ledger.phase("eval"):
-            summed = self.comm.gather_rows(total, "evaluation loss").sum(dim=0).cpu()
-        return summed[0] / summed[1]
+            if self.pipeline is not None:
+                total = self.pipeline.from_last(total, "evaluation loss")
+            return self.comm.gather_rows(total, "evaluation loss").sum(dim=0).cpu()
+
+    @torch.no_grad()
+    def infer(self, batches: Iterable[Any]) -> list[Any]:
+        """The model's output for each batch, without gradients; collective.
+
+        In a pipeline only the ranks of the last stage get them; the others get none.
+        """
+        if self.pipeline is None:
+            return [self._forward_batch(batch) for batch in batches]
+        return self.pipeline.infer([*batches])
 
     def _forward_batch(self, batch: Any) -> Any:
-        moved = tree_map(lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, batch)
-        if isinstance(moved, dict):
-            return self(**moved)
-        return self(*moved) if isinstance(moved, tuple | list) else self(moved)
+        args, kwargs = arguments(self._on_device(batch))
+        return self(*args, **kwargs)
+
+    def _on_device(self, batch: Any) -> Any:
+        return tree_map(lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, batch)
 
     def _training_iterator(self) -> Iterator[Any]:
         if self.training_dataloader is None:
@@ -519,6 +603,23 @@ class Engine:
         for handle in self.entry.hooks:
             handle.remove()
         self.log.close()
+
+
+def arguments(batch: Any) -> tuple[Any, dict[str, Any]]:
+    """How a model is called on a batch: a dict's items by name, a tuple's by place, anything else as it is."""
+    if isinstance(batch, dict):
+        return (), batch
+    return (batch if isinstance(batch, tuple | list) else (batch,)), {}
+
+
+def checked(loss: Loss) -> tuple[Tensor, Any]:
+    """(value, token count or None) of a loss. Raises ValueError for what backward cannot begin at."""
+    value, tokens = loss if isinstance(loss, tuple) else (loss, None)
+    if not isinstance(value, Tensor) or value.dim() != 0 or not value.requires_grad:
+        raise ValueError(
+            "backward needs a 0-d loss that depends on trainable parameters, or a pair (loss sum, token count)"
+        )
+    return value, tokens
 
 
 def loss_of(output: Any) -> Loss:

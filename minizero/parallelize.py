@@ -1,12 +1,14 @@
 """One function that makes a model parallel, in one order, before ZeRO shards it.
 
 pipeline split -> tensor and sequence -> expert -> context -> recompute -> ZeRO -> materialize from meta
-                  ^ here                           ^ here     ^ here       ^ `zero.runtime`
+^ here            ^ here                           ^ here     ^ here       ^ `zero.runtime`
+
+What depends on the whole model (names, numbers of dropouts, which block is the k-th) is read before the split.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,12 +16,18 @@ from torch import nn
 
 from minizero.config import Config
 from minizero.dist.collectives import Communicator
-from minizero.dist.layout import TensorLayout
+from minizero.dist.layout import PipelineLayout, TensorLayout
 from minizero.models.dropout import number_dropouts
 from minizero.parallel.context import ContextAxis
 from minizero.parallel.context_model import apply_context, refuse_few_heads
 from minizero.parallel.foreign import has_causal_loss
-from minizero.parallel.plan import apply_plan
+from minizero.parallel.pipeline.actions import Schedule, read_csv
+from minizero.parallel.pipeline.module import LayerStage, PipelineModule
+from minizero.parallel.pipeline.schedules import build
+from minizero.parallel.pipeline.simulate import Costs
+from minizero.parallel.pipeline.stage import Stage, StagedModel
+from minizero.parallel.pipeline.validate import validate
+from minizero.parallel.plan import apply_styles, match
 from minizero.parallel.random import RandomStreams, foreign_dropout
 from minizero.parallel.recompute import Options
 from minizero.parallel.recompute_model import Agree, apply_recompute
@@ -49,7 +57,7 @@ GPT2_PLAN = {  # transformers has none for it
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Parallelized:
     """What a model has become.
 
@@ -58,39 +66,113 @@ class Parallelized:
         recompute: how checkpointed blocks keep what they keep.
         streams: where dropout that is not ours draws from; None: from torch's default generator.
         undo: takes context parallelism and checkpointing off the model again.
+        pipeline, stage, schedule: what a pipeline leaves to this rank, and how it runs; None where there is none.
+        removed: parameters that other stages have. replaced: parameters that were built, by those of the meta device.
     """
 
-    layout: TensorLayout | None
-    recompute: Options
-    streams: RandomStreams | None
-    undo: list[Removable]
+    layout: TensorLayout | None = None
+    recompute: Options = field(default_factory=Options)
+    streams: RandomStreams | None = None
+    undo: list[Removable] = field(default_factory=list)
+    pipeline: PipelineLayout | None = None
+    stage: Stage | None = None
+    schedule: Schedule | None = None
+    removed: set[nn.Parameter] = field(default_factory=set)
+    replaced: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
 
 
-def parallelize(model: nn.Module, config: Config, data: Communicator, device: torch.device) -> Parallelized:
+def parallelize(
+    model: nn.Module, config: Config, data: Communicator, device: torch.device, microbatches: int
+) -> Parallelized:
     """Make `model` parallel in place, and checkpoint what the settings choose; collective.
 
     Args:
-        data: the axis that ZeRO will shard over; those of tensor and context parallelism are found beside it.
+        data: the axis that ZeRO will shard over; those of the other kinds of parallelism are found beside it.
+        microbatches: of one step.
 
-    Raises ValueError as `plan_of`, `apply_plan`, `apply_context` and `apply_recompute` say.
+    Raises ValueError as `schedule_of`, `split`, `plan_of`, `apply_plan`, `apply_context` and `apply_recompute` say.
     """
-    tensor, context = data.along("tp"), data.along("cp")
+    tensor, context, pipeline = data.along("tp"), data.along("cp"), data.along("pp")
     number_dropouts(model)
     foreign = foreign_dropout(model)
-    blocks = list(repeated_children(model)) or only_children(model)
-    layout = cut_layers(model, config, tensor)
+    blocks = dict(enumerate(list(repeated_children(model)) or only_children(model)))
+    names = {name for name, _ in model.named_modules()}
+    styles = styles_of(model, config) if tensor.size > 1 else {}
+    made = split(model, config, pipeline, microbatches, device)
+    if made.stage is not None:
+        styles = {name: style for name, style in styles.items() if made.stage.has(name)}
+        here = {module for _, module in model.named_modules()}
+        blocks = {place: block for place, block in blocks.items() if block[1] in here}
+    if tensor.size > 1:
+        made.layout = apply_styles(model, styles, TensorAxis(tensor, config.parallel.sequence))
+        if made.pipeline is not None:
+            made.pipeline.replace(made.layout.parts)
     axis = ContextAxis(context, config.parallel.context)
     refuse_few_heads(model, axis)
     undo = apply_context(model, axis, tensor.size if config.parallel.sequence else 1)
-    undo += apply_recompute(model, config.recompute, blocks, agreement(tensor, context, device))
-    if tensor.size > 1 and foreign:
+    undo += apply_recompute(model, config.recompute, blocks, agreement(tensor, context, device), names)
+    if tensor.size * pipeline.size > 1 and foreign:
         warn_once(
             f"{foreign} draws its masks from random streams: they repeat when a block is computed again, but differ "
             "from layout to layout. Those of minizero.models.dropout.Dropout do not."
         )
-    # Always, since a function of torch may draw without a module to show for it.
-    streams = RandomStreams(config.train.seed, data.rank, tensor.rank, device) if tensor.size > 1 else None
-    return Parallelized(layout, recompute_options(config, tensor), streams, undo[::-1])
+    made.recompute, made.undo = recompute_options(config, tensor), [*made.undo, *undo][::-1]
+    if tensor.size * pipeline.size > 1:  # always, since a function of torch may draw without a module to show for it
+        samples = pipeline.rank * data.size + data.rank  # stages draw apart, as ranks with other samples do
+        made.streams = RandomStreams(config.train.seed, samples, tensor.rank, device)
+    return made
+
+
+def split(
+    model: nn.Module, config: Config, pipeline: Communicator, microbatches: int, device: torch.device
+) -> Parallelized:
+    """Pipeline parallel: take from `model` what other ranks have.
+
+    Raises ValueError for a schedule that cannot be run, or a model that cannot be cut so.
+    """
+    made = Parallelized()
+    if pipeline.size == 1:
+        if isinstance(model, PipelineModule):
+            made.replaced = model.build(seed=config.train.seed)
+        return made
+    if config.recompute.mode == "budget":
+        raise ValueError("recompute.mode budget is not available with parallel.pp > 1; legal: full, selective, none")
+    made.schedule = schedule_of(config, pipeline.size, microbatches)
+    placement = made.schedule.placement
+    if isinstance(model, PipelineModule):
+
+        def agree(seconds: list[float]) -> list[float]:
+            row = torch.tensor(seconds, dtype=torch.float64, device=device)
+            return pipeline.gather_rows(row, "seconds of layers")[0].tolist()
+
+        stage: LayerStage | StagedModel = LayerStage(model, pipeline.rank, placement, config.train.seed, agree)
+        made.replaced = stage.replaced
+    else:
+        stage = StagedModel(model, pipeline.rank, placement, config.pipeline.partition)
+        stage.sequence = config.parallel.sequence
+    made.stage, made.removed, made.undo = stage, stage.removed, stage.undo
+    made.pipeline = PipelineLayout(pipeline, stage.ties)
+    return made
+
+
+def schedule_of(config: Config, ranks: int, microbatches: int) -> Schedule:
+    """The schedule that the settings ask for, proven.
+
+    Raises ValueError when there is none of that name, or it is for other ranks or microbatches, or illegal.
+    """
+    settings = config.pipeline
+    if settings.schedule.endswith(".csv"):
+        schedule = read_csv(settings.schedule)
+        if (schedule.ranks, schedule.microbatches) != (ranks, microbatches):
+            raise ValueError(
+                f"pipeline.schedule {settings.schedule} is for {schedule.ranks} ranks and {schedule.microbatches} "
+                f"microbatches; this run has parallel.pp = {ranks} and {microbatches} microbatches"
+            )
+    else:
+        costs = None if settings.costs is None else Costs.parse(settings.costs)
+        schedule = build(settings.schedule, ranks, microbatches, settings.chunks, costs, settings.memory_limit)
+    validate(schedule)
+    return schedule
 
 
 def only_children(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -99,16 +181,14 @@ def only_children(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{name}.{key}", child) for name, module in lists for key, child in module.named_children()]
 
 
-def cut_layers(model: nn.Module, config: Config, axis: Communicator) -> TensorLayout | None:
-    """Tensor and sequence parallel."""
-    if axis.size == 1:
-        return None
+def styles_of(model: nn.Module, config: Config) -> dict[str, str]:
+    """Tensor and sequence parallel: module name -> style, by the settings' plan or the model's own."""
     plan, sequence = config.parallel.plan or plan_of(model), config.parallel.sequence
     if not config.parallel.plan and has_causal_loss(model):
         plan = {name: "vocab_head" if style == "gather_head" else style for name, style in plan.items()}
     if sequence and "sequence_begin" not in plan.values():
         raise ValueError("parallel.sequence: no module of the plan is a sequence_begin, at whose entry it would be cut")
-    return apply_plan(model, plan, TensorAxis(axis, sequence))
+    return match(model, plan)
 
 
 def recompute_options(config: Config, tensor: Communicator) -> Options:

@@ -216,12 +216,28 @@ class ParallelConfig(Section):
     `minizero.parallel.plan`)."""
 
     @model_validator(mode="after")
-    def _not_built_yet(self) -> ParallelConfig:
-        if self.pp > 1:
-            raise ValueError(f"pp = {self.pp} is not available in this version; legal: 1")
+    def _sequence_has_ranks(self) -> ParallelConfig:
         if self.sequence and self.tp == 1:
             raise ValueError("sequence = true needs tp > 1, found tp = 1")
         return self
+
+
+class PipelineConfig(Section):
+    schedule: str = "one_f_one_b"
+    """gpipe, one_f_one_b, interleaved, zb_h1, zb_h2, zbv, dualpipe_v, zb_auto, or a CSV file of your own (see
+    `minizero pipeline --help`)."""
+    chunks: int | None = Field(None, ge=1)
+    """interleaved: parts of the model per rank (2 when left out)."""
+    microbatches: int | None = Field(None, ge=1)
+    """Microbatches per step; the same as `train.gradient_accumulation_steps`."""
+    partition: str = "uniform"
+    """How a decoder's blocks are shared out: uniform, parameters, flops. A PipelineModule says so itself."""
+    gather: Literal["step", "microbatch"] = "step"
+    """ZeRO stage 3: parameters are gathered once per step, or for every action of every microbatch."""
+    costs: str | None = None
+    """zb_auto: what it plans for, as F=18.5,B=18.1,W=9.3,latency=0.6."""
+    memory_limit: float | None = Field(None, gt=0)
+    """zb_auto: activations of a whole stage that a rank may keep (2 pp when left out); others: refused above it."""
 
 
 class RecomputeConfig(Section):
@@ -311,6 +327,7 @@ class Config(Section):
     loss_scale: LossScaleConfig = Field(default_factory=LossScaleConfig)
     zero: ZeroConfig = Field(default_factory=ZeroConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    pipeline: PipelineConfig = Field(default_factory=PipelineConfig)
     recompute: RecomputeConfig = Field(default_factory=RecomputeConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
@@ -319,5 +336,16 @@ class Config(Section):
 
     def batch(self, dp_size: int) -> BatchSizes:
         """The batch sizes for `dp_size` data-parallel ranks. Raises ConfigError when they do not work out."""
-        train = self.train
-        return solve(train.global_batch_size, train.micro_batch_size, train.gradient_accumulation_steps, dp_size)
+        train, microbatches = self.train, self.pipeline.microbatches
+        return solve(
+            train.global_batch_size, train.micro_batch_size, train.gradient_accumulation_steps or microbatches, dp_size
+        )
+
+    @model_validator(mode="after")
+    def _microbatches_are_accumulation_steps(self) -> Config:
+        one, other = self.pipeline.microbatches, self.train.gradient_accumulation_steps
+        if one is not None and other is not None and one != other:
+            raise ValueError(
+                f"pipeline.microbatches {one} and train.gradient_accumulation_steps {other} are the same thing; give one"
+            )
+        return self

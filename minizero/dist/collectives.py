@@ -424,6 +424,32 @@ class Communicator:
 
         return wait
 
+    # ---- point to point (`links.py`) ----
+
+    def sending(self, target: int, what: str, payload: int, extra: int) -> Work:
+        """A `Work` for messages to rank `target`, `payload` and `extra` bytes, entered into the ledger as a send."""
+        self.ledger.record(self.axis, "send", what, payload, payload + extra)
+        return self._work(f"rank {self.rank}: sending {what} to rank {target}")
+
+    def receiving(self, source: int, what: str) -> Work:
+        """A `Work` for messages from rank `source`, whose ledger counts them."""
+        return self._work(f"rank {self.rank}: {what} from rank {source}")
+
+    def sum_among(self, ranks: Sequence[int], tensor: Tensor, unit: str) -> Tensor:
+        """tensor {partial over some ranks of the axis} -> their sum, in rank order; called by those ranks alone."""
+        work = self._begin(
+            "all_reduce", unit, tensor, tensor.numel(), tensor.dtype, tensor.nbytes * (len(ranks) - 1)
+        )
+        mine = tensor.contiguous()
+        host = mine.cpu() if dist.get_backend(self.group) == "gloo" else mine
+        parts = {rank: host if rank == self.rank else torch.empty_like(host) for rank in ranks}
+        peers = [rank for rank in ranks if rank != self.rank]
+        operations = [dist.P2POp(dist.isend, host, self._ranks[peer], self.group) for peer in peers]
+        operations += [dist.P2POp(dist.irecv, parts[peer], self._ranks[peer], self.group) for peer in peers]
+        work.requests = [*dist.batch_isend_irecv(operations)]
+        work.wait()
+        return sum_in_order([parts[rank] for rank in ranks]).to(tensor.device)
+
     # ---- small things, always waited for ----
 
     def broadcast(self, tensor: Tensor, source: int, unit: str) -> None:

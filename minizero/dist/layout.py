@@ -1,5 +1,5 @@
-"""What tensor parallelism did to a model: written once by `parallelize`, read by initialization, reduction, the norm,
-checkpoints and export."""
+"""What tensor and pipeline parallelism did to a model: written once by `parallelize`, read by initialization,
+reduction, the norm, checkpoints and export."""
 
 from __future__ import annotations
 
@@ -58,3 +58,24 @@ class TensorLayout:
         sizes = [sum(stop - start for start, stop in ranges) for ranges in shard.ranges]
         laid = self.comm.gather_parts(value, sizes, shard.dim, unit)
         return shard.join(laid.split(sizes, dim=shard.dim))
+
+
+@dataclass
+class PipelineLayout:
+    """What pipeline parallelism left to this rank.
+
+    Attributes:
+        comm: the pipeline axis.
+        ties: parameters that several of its ranks use, and which: each has a part of their gradient.
+    """
+
+    comm: Communicator
+    ties: dict[nn.Parameter, tuple[int, ...]] = field(default_factory=dict)
+
+    def replace(self, replaced: dict[nn.Parameter, nn.Parameter]) -> None:
+        """Parameters made way for others: parts of them, or those of a real device."""
+        self.ties = {replaced.get(p, p): ranks for p, ranks in self.ties.items()}
+
+    def ranks_of(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """The ranks that use `parameter`, this one among them."""
+        return self.ties.get(parameter, (self.comm.rank,))

@@ -52,6 +52,16 @@ class GPT2(nn.Module):
     }
     """How layers may be cut over ranks; read by `minizero.parallel.plan`."""
 
+    pipeline_order: ClassVar[tuple[str, ...]] = (
+        "transformer.wte",
+        "transformer.wpe",
+        "transformer.drop",
+        "transformer.h",
+        "transformer.ln_f",
+        "lm_head",
+    )
+    """Modules that hidden states pass, in order; where a pipeline may cut them."""
+
     context_inputs: ClassVar[tuple[str, ...]] = ("input_ids", "labels", "position_ids")
     """Arguments whose dim 1 is the sequence; labels are the tokens that follow."""
 

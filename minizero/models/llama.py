@@ -53,6 +53,9 @@ class Llama(nn.Module):
     }
     """How layers may be cut over ranks; read by `minizero.parallel.plan`."""
 
+    pipeline_order: ClassVar[tuple[str, ...]] = ("model.embed_tokens", "model.layers", "model.norm", "lm_head")
+    """Modules that hidden states pass, in order; where a pipeline may cut them."""
+
     context_inputs: ClassVar[tuple[str, ...]] = ("input_ids", "labels", "position_ids")
     """Arguments whose dim 1 is the sequence; labels are the tokens that follow."""
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 from torch import nn
+
+from minizero.utils.undo import Undo
 
 
 def is_foreign(module: nn.Module) -> bool:
@@ -22,3 +25,9 @@ def foreign_decoders(model: nn.Module) -> list[tuple[str, Any]]:
 def has_causal_loss(model: Any) -> bool:
     """Whether `model` is a transformers model that computes the next-token loss from its own logits."""
     return is_foreign(model) and getattr(getattr(model, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
+
+
+def without_cache(decoder: Any) -> Undo:
+    """Turn a transformers decoder's cache off: it would be filled for nobody, or a second time in backward."""
+    before, decoder.config.use_cache = decoder.config.use_cache, False
+    return Undo(partial(setattr, decoder.config, "use_cache", before))

@@ -58,7 +58,12 @@ def apply_plan(model: nn.Module, plan: dict[str, str], axis: TensorAxis) -> Tens
     Raises ValueError naming the pattern that matches nothing, the style that does not exist, or the layer whose heads
     do not divide, with the legal degrees.
     """
-    return PlanApplication(model, match(model, plan), axis).run()
+    return apply_styles(model, match(model, plan), axis)
+
+
+def apply_styles(model: nn.Module, styles: dict[str, str], axis: TensorAxis) -> TensorLayout:
+    """`apply_plan` once it is known which module has which style."""
+    return PlanApplication(model, styles, axis).run()
 
 
 def match(model: nn.Module, plan: dict[str, str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ A chosen module keeps its name, parameters and hooks; only its `forward` goes th
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import Any
@@ -19,7 +19,7 @@ from minizero.config.schema import RecomputeConfig
 from minizero.models.layers import CausalAttention
 from minizero.parallel.activation_memory import SavedBytes
 from minizero.parallel.context import ContextAttention
-from minizero.parallel.foreign import foreign_decoders
+from minizero.parallel.foreign import foreign_decoders, without_cache
 from minizero.parallel.plan import same_parts
 from minizero.parallel.recompute import Options, PassState, buffers_put_back, checkpoint_block, current_options
 from minizero.utils.forward import Forward, running
@@ -30,13 +30,17 @@ Agree = Callable[[list[int]], list[int]]
 
 
 def apply_recompute(
-    model: nn.Module, settings: RecomputeConfig, blocks: Sequence[tuple[str, nn.Module]], agree: Agree
+    model: nn.Module,
+    settings: RecomputeConfig,
+    blocks: Mapping[int, tuple[str, nn.Module]],
+    agree: Agree,
+    names: Collection[str],
 ) -> list[Removable]:
     """Checkpoint what `settings` choose, in place; returns what undoes it.
 
     Args:
-        blocks: (name, module) of the model's repeated blocks, in order.
-        agree: see `Agree`.
+        blocks: (name, module) of the repeated blocks that are here, by their place in the whole model.
+        agree: see `Agree`. names: of all modules of the whole model, of which other pipeline stages have some.
 
     Raises ValueError when there is nothing of the kind in the model.
     """
@@ -49,34 +53,28 @@ def apply_recompute(
             "one of the two"
         )
     if settings.mode == "selective":
-        chosen = chosen_modules(model, settings.modules)
+        chosen = chosen_modules(model, settings.modules, names)
         foreign = [] if chosen else foreign_attention(model)
-        if not chosen and not foreign:
+        if not chosen and not foreign and not settings.modules:
             raise ValueError(
                 f"recompute.mode selective: {kind} has no attention that minizero knows; name modules to compute again "
                 "in recompute.modules"
             )
         return [*foreign, *(checkpoint_forward(module, whole=False) for module in chosen)]
-    if not blocks:
+    if not blocks and not any(hasattr(part, "stands_for") for part in model.modules()):
         raise ValueError(
             f"recompute.mode {settings.mode}: {kind} has no repeated blocks; name modules and use selective"
         )
     undo: list[Removable] = [without_cache(decoder) for _, decoder in foreign_decoders(model)]
     if settings.mode == "full":
-        return [*undo, *(checkpoint_forward(module) for _, module in blocks[:: settings.every])]
+        return [*undo, *(checkpoint_forward(module) for place, (_, module) in blocks.items() if place % settings.every == 0)]
     assert settings.budget is not None
     budget = ByteBudget(settings.budget, len(blocks), agree)
-    deciders = [BudgetedBlock(budget, index, module) for index, (_, module) in enumerate(blocks)]
+    deciders = [BudgetedBlock(budget, index, module) for index, (_, module) in blocks.items()]
     return [*undo, *(checkpoint_forward(decider.module, decider) for decider in deciders)]
 
 
-def without_cache(decoder: Any) -> Undo:
-    """Turn a transformers decoder's cache off: it would be filled a second time in backward."""
-    before, decoder.config.use_cache = decoder.config.use_cache, False
-    return Undo(partial(setattr, decoder.config, "use_cache", before))
-
-
-def chosen_modules(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
+def chosen_modules(model: nn.Module, patterns: Sequence[str], names: Collection[str]) -> list[nn.Module]:
     """The modules that `patterns` name, our attention cores when there are none.
 
     Raises ValueError naming a pattern without a match, or two modules one of which holds the other.
@@ -86,7 +84,7 @@ def chosen_modules(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]
     found: dict[str, nn.Module] = {}
     for pattern in patterns:
         matches = {name: module for name, module in model.named_modules() if same_parts(name, pattern)}
-        if not matches:
+        if not matches and not any(same_parts(name, pattern) for name in names):
             raise ValueError(f"recompute.modules: {pattern!r} matches no module of {type(model).__name__}")
         found |= matches
     for outer, inner in ((a, b) for a in found for b in found if b.startswith(f"{a}.")):

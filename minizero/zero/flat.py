@@ -21,17 +21,17 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from minizero.dist.layout import TensorLayout
+from minizero.dist.layout import PipelineLayout, TensorLayout
 from minizero.dist.sharding import FlatLayout, Span
 from minizero.zero.policy import Policy
 
 
 class FlatGroup:
-    """The parameters of one unit that share dtype, trainability, and how tensor parallelism shares them.
+    """The parameters of one unit that share dtype, trainability, and how tensor and pipeline parallelism share them.
 
     Attributes:
-        counts: whether this rank's squares enter the global norm: of tensor-parallel copies, only the first's do.
-        sums_over: the tensor-parallel ranks whose gradients are parts of one sum.
+        counts: whether this rank's squares enter the global norm: of copies on several ranks, only the first's do.
+        sums_over: the tensor-parallel ranks whose gradients are parts of one sum. ties: the pipeline ranks.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class FlatGroup:
         device: torch.device,
         policy: Policy,
         tensor: TensorLayout | None = None,
+        pipeline: PipelineLayout | None = None,
     ) -> None:
         self.names = tuple(parameters)
         self.parameters = tuple(parameters.values())
@@ -60,6 +61,10 @@ class FlatGroup:
         if tensor is not None:
             self.counts = tensor.copies(self.parameters[0])[0] == tensor.comm.rank
             self.sums_over = tensor.sums_over(self.parameters[0])
+        self.ties: tuple[int, ...] = (0,)
+        if pipeline is not None:
+            self.ties = pipeline.ranks_of(self.parameters[0])
+            self.counts &= self.ties[0] == pipeline.comm.rank
         self.nothing = float("nan") if self.dtype.is_floating_point else 0
         self.nan = torch.full((), self.nothing, dtype=self.dtype, device=device)
         self._allocate(device, policy)
@@ -197,12 +202,15 @@ def host_tensor(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return host.copy_(like)
 
 
-def group_parameters(parameters: dict[str, nn.Parameter], layout: TensorLayout | None) -> list[dict[str, nn.Parameter]]:
-    """Split a unit's parameters by (dtype, trainable, how tensor parallelism shares them), in order of appearance."""
+def group_parameters(
+    parameters: dict[str, nn.Parameter], layout: TensorLayout | None, pipeline: PipelineLayout | None = None
+) -> list[dict[str, nn.Parameter]]:
+    """Split a unit's parameters by (dtype, trainable, which ranks share them), in order of appearance."""
     groups: dict[Hashable, dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
         shared = layout is not None and (layout.copies(parameter), layout.sums_over(parameter))
-        groups.setdefault((parameter.dtype, parameter.requires_grad, shared), {})[name] = parameter
+        tied = pipeline is not None and pipeline.ranks_of(parameter)
+        groups.setdefault((parameter.dtype, parameter.requires_grad, shared, tied), {})[name] = parameter
     return list(groups.values())
 
 

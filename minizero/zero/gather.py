@@ -21,7 +21,7 @@ it neither gathers nor releases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -249,6 +249,25 @@ class ParameterGatherer:
             self._suspended -= 1
             if not self._suspended:
                 self.unwind()
+
+    @contextmanager
+    def some_whole(self, units: Sequence[Unit]) -> Iterator[None]:
+        """These units whole inside, and nothing else gathered or released; sharded again after it."""
+        if self._suspended:
+            yield
+            return
+        for unit in units:
+            unit.gather()
+        for unit in units:
+            unit.finish_gather()
+        self.comm.settle()
+        self._suspended += 1
+        try:
+            yield
+        finally:
+            self._suspended -= 1
+            for unit in units:
+                unit.release()
 
     # ---- the plan ----
 

@@ -9,7 +9,6 @@ one, else the module's own `reset_parameters()`.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -17,11 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-def module_seed(seed: int, name: str) -> int:
-    """A 63-bit seed for the module `name`."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+from minizero.utils.seeds import module_seed
 
 
 def move_off_meta(model: nn.Module, device: torch.device) -> dict[nn.Parameter, nn.Parameter]:

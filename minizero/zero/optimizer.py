@@ -64,6 +64,21 @@ class StepResult:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Total:
+    """A window over all ranks.
+
+    Attributes:
+        squares: sum of the squares of all gradients; nan where one is not finite. tokens: behind the losses, where
+            those were given with counts, `counts_tokens`. losses: their sum, per data-parallel rank.
+    """
+
+    squares: float
+    tokens: float
+    counts_tokens: bool
+    losses: list[float]
+
+
 class ZeroOptimizer(torch.optim.Optimizer):
     """Drives `inner` over this rank's slices.
 
@@ -165,13 +180,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         window, self.window = self.window, Window()
         self.runtime.finish_gradients()
-        squares, tokens, losses = self._exchange(window)
-        divisor = tokens if window.tokens is not None else float(self.runtime.comm.size)
+        squares, total = self._exchange(window)
+        divisor = total.tokens if total.counts_tokens else float(self.runtime.comm.size)
         factor = weight * self.runtime.policy.predivide / self.scaler.scale / max(divisor, 1.0)
-        norm = math.sqrt(sum(squares)) * factor if all(map(math.isfinite, squares)) else math.nan
-        count = tokens if window.tokens is not None else self.runtime.comm.size * max(window.micro_batches, 1)
-        result = StepResult(math.isfinite(norm), norm, sum(losses) / max(count, 1.0), int(tokens))
-        self._check_finite(result, squares, losses)
+        norm = math.sqrt(total.squares) * factor if math.isfinite(total.squares) else math.nan
+        count = total.tokens if total.counts_tokens else self.runtime.comm.size * max(window.micro_batches, 1)
+        result = StepResult(math.isfinite(norm), norm, sum(total.losses) / max(count, 1.0), int(total.tokens))
+        self._check_finite(result, squares, total.losses)
         self.scaler.update(overflow=not result.applied)
         if result.applied:
             clipped = self.clip / (norm + 1e-6) if self.clip > 0 else 1.0
@@ -182,8 +197,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             piece.grad = None
         return result
 
-    def _exchange(self, window: Window) -> tuple[list[float], float, list[float]]:
-        """(sum of squares per unit, tokens over all ranks, loss sum of each data-parallel rank)."""
+    def _exchange(self, window: Window) -> tuple[list[float], Total]:
+        """(sum of squares per unit of this rank's stage, what the window adds up to over all ranks)."""
         device = self.runtime.device
         zero = torch.zeros((), dtype=torch.float64, device=device)
         tokens = window.tokens.double() if window.tokens is not None else zero
@@ -198,7 +213,18 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self.runtime.tensor is not None:
             parts = torch.tensor(squares, dtype=torch.float64, device=device)
             squares = [math.fsum(c) for c in self.runtime.tensor.comm.gather_rows(parts, "norm").T.tolist()]
-        return squares, math.fsum(rows[:, -2].tolist()), rows[:, -1].tolist()
+        squares_here = math.fsum(squares) if all(map(math.isfinite, squares)) else math.nan
+        total = Total(squares_here, math.fsum(rows[:, -2].tolist()), window.tokens is not None, rows[:, -1].tolist())
+        return squares, total if self.runtime.pipeline is None else self._over_stages(total, window)
+
+    def _over_stages(self, total: Total, window: Window) -> Total:
+        """The whole pipeline's: norms of all stages; tokens and losses of the last one, which alone has any."""
+        assert self.runtime.pipeline is not None
+        numbers = [total.squares, total.tokens, float(window.tokens is not None), *total.losses]
+        row = torch.tensor(numbers, dtype=torch.float64, device=self.runtime.device)
+        columns = self.runtime.pipeline.comm.gather_rows(row, "norm, tokens and loss of all stages").T.tolist()
+        squares, tokens, counts, *losses = columns
+        return Total(sum(squares), sum(tokens), any(counts), [sum(of_rank) for of_rank in losses])
 
     def _check_finite(self, result: StepResult, squares: list[float], losses: list[float]) -> None:
         self.overflow = not result.applied

@@ -11,7 +11,7 @@ deadlock: a unit is gathered before it is reduced, on every rank, whichever of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from weakref import ref
 
 import torch
@@ -48,6 +48,7 @@ class GradientReducer:
         self._reduces = False
         self._next = 0
         self._in_flight: list[Unit] = []
+        self._early: set[Unit] = set()  # reduced before the step, in a pipeline's schedule
         self.hooks = [p.register_post_accumulate_grad_hook(self._hook(unit)) for unit in units for p in unit.trainable]
 
     def set_forward_order(self, units: list[Unit]) -> None:
@@ -79,17 +80,22 @@ class GradientReducer:
         self.active = False
 
     def flush(self) -> None:
-        """Before a step: reduce whatever is still held whole (a boundary that fell inside `no_sync`)."""
-        if any(unit.has_local_gradients for unit in self.order):
-            self._next = 0
-            while self._next < len(self.order):
-                self._launch_next()
+        """Before a step: reduce whatever is still held whole (a boundary that fell inside `no_sync`, a pipeline)."""
+        if self._early or any(unit.has_local_gradients for unit in self.order):
+            self.launch([unit for unit in self.order if unit not in self._early])
             self._drain(0)
+        self._early.clear()
+
+    def reduce_early(self, units: set[Unit]) -> None:
+        """Start to reduce these units in the middle of a window, outside any pass; the step reduces the others."""
+        self._early |= units
+        self.launch([unit for unit in self.order if unit in units])
 
     def abort(self) -> None:
         """A backward pass broke off: forget it. Messages on the way are not waited for."""
         self.active = False
         self._in_flight = []
+        self._early.clear()
         for unit in self.order:
             unit.pending = set()
 
@@ -135,9 +141,14 @@ class GradientReducer:
         unit = self.order[self._next]
         self._next += 1
         self.before_reduce(unit)
-        unit.reduce()
-        self._in_flight.append(unit)
-        self._drain(IN_FLIGHT)
+        self.launch([unit])
+
+    def launch(self, units: Sequence[Unit]) -> None:
+        """Start to reduce these units, one after the other."""
+        for unit in units:
+            unit.reduce()
+            self._in_flight.append(unit)
+            self._drain(IN_FLIGHT)
 
     def _drain(self, leave: int) -> None:
         while len(self._in_flight) > leave:

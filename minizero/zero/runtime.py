@@ -10,7 +10,7 @@ All stages run this same code (Rajbhandari et al., "ZeRO", arXiv 1910.02054). Wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from weakref import WeakKeyDictionary, ref
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from minizero.dist.collectives import Communicator, sum_in_order
-from minizero.dist.layout import TensorLayout
+from minizero.dist.layout import PipelineLayout, TensorLayout
 from minizero.dist.sharding import ShardSpec, whole_box
 from minizero.zero.flat import FlatGroup, total_bytes
 from minizero.zero.gather import ParameterGatherer
@@ -49,9 +49,9 @@ class ZeroRuntime:
         comm: the data-parallel axis.
         policy: stage, dtypes, overlap.
         seed: of the initialization of meta parameters.
-        tensor: what tensor parallelism did to the model, where it did.
+        tensor: what tensor parallelism did to the model, where it did. pipeline: what is left of it to this stage.
 
-    Raises ValueError when the model has no trainable parameter, one that cannot be initialized, or an engine already.
+    Raises ValueError when the model has no trainable parameter (a stage of it may have none), one that cannot be initialized, or an engine already.
     """
 
     def __init__(
@@ -62,8 +62,9 @@ class ZeroRuntime:
         device: torch.device,
         seed: int = 0,
         tensor: TensorLayout | None = None,
+        pipeline: PipelineLayout | None = None,
     ) -> None:
-        if not any(p.requires_grad for p in model.parameters()):
+        if pipeline is None and not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{type(model).__name__} has no trainable parameter")
         if runtime_of(model) is not None:
             raise ValueError(f"this {type(model).__name__} has an engine already; engine.destroy() sets it free")
@@ -77,7 +78,10 @@ class ZeroRuntime:
         if tensor is not None:
             tensor.replace(self.replaced)
             self.replaced |= tensor.parts  # optimizers may hold the whole ones too
-        self.units = [Unit(spec, comm, device, policy, tensor) for spec in find_units(model)]
+        self.pipeline = pipeline
+        if pipeline is not None:
+            pipeline.replace(self.replaced)
+        self.units = [Unit(spec, comm, device, policy, tensor, pipeline) for spec in find_units(model)]
         self._load(uninitialized, seed)
         self.gatherer: ParameterGatherer | None = None
         self.reducer = GradientReducer(self.units, policy, self._unit_done, self._before_reduce)
@@ -152,12 +156,31 @@ class ZeroRuntime:
         if self.gatherer is not None:
             self.gatherer.join_gathers_up_to(unit)
 
+    # ---- a pipeline's step (`parallel.pipeline.executor.Storage`) ----
+
+    def whole(self, modules: Sequence[nn.Module] | None) -> AbstractContextManager[None]:
+        """Whole parameters of `modules` and of the root unit, or of the model, inside; collective."""
+        if self.gatherer is None:
+            return nullcontext()
+        if modules is None:
+            return self.gatherer.everything_whole()
+        return self.gatherer.some_whole([self.units[0], *self._units_of(modules)])
+
+    def reduce_early(self, modules: Sequence[nn.Module]) -> None:
+        """Start to reduce the units that are made of `modules`, whose gradients are complete; collective."""
+        self.reducer.reduce_early(set(self._units_of(modules)))
+
+    def _units_of(self, modules: Sequence[nn.Module]) -> list[Unit]:
+        inside = {part for module in modules for part in module.modules()}
+        return [unit for unit in self.units[1:] if unit.module in inside]
+
     # ---- step ----
 
     def finish_gradients(self) -> None:
         """Reduced gradients of everything, wherever the last backward left them."""
         self.reducer.flush()
         self._sum_over_tensor_axis()
+        self._sum_over_stages()
         if not self.policy.shards_optimizer:
             for unit in self.units:
                 unit.spread_gradients()
@@ -174,6 +197,16 @@ class ZeroRuntime:
                 if group.trainable and len(group.sums_over) > 1:
                     rows = comm.gather_rows(group.grad_shard(), f"{unit.name}, parts of gradients")
                     group.grad_shard().copy_(sum_in_order([rows[rank] for rank in group.sums_over]))
+
+    def _sum_over_stages(self) -> None:
+        """Complete the gradients of parameters that several pipeline stages use (tied embeddings)."""
+        if self.pipeline is None:
+            return
+        for unit in self.units:
+            for group in unit.groups:
+                if group.trainable and len(group.ties) > 1:
+                    shard = group.grad_shard()
+                    shard.copy_(self.pipeline.comm.sum_among(group.ties, shard, f"{', '.join(group.names)}, tied"))
 
     def refresh(self) -> int:
         """After the optimizer: parameters follow their masters. Returns the bytes that crossed between devices."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minizero.dist.collectives import Communicator, Work
-from minizero.dist.layout import TensorLayout
+from minizero.dist.layout import PipelineLayout, TensorLayout
 from minizero.zero.flat import FlatGroup, group_parameters
 from minizero.zero.policy import Policy
 from minizero.zero.units import ROOT, UnitSpec
@@ -44,14 +44,23 @@ class Unit:
         device: torch.device,
         policy: Policy,
         tensor: TensorLayout | None = None,
+        pipeline: PipelineLayout | None = None,
     ) -> None:
         self.name = spec.name
         self.module = spec.module
         self.comm = comm
         self.policy = policy
         self.groups = [
-            FlatGroup(parameters, rank=comm.rank, world=comm.size, device=device, policy=policy, tensor=tensor)
-            for parameters in group_parameters(spec.parameters, tensor)
+            FlatGroup(
+                parameters,
+                rank=comm.rank,
+                world=comm.size,
+                device=device,
+                policy=policy,
+                tensor=tensor,
+                pipeline=pipeline,
+            )
+            for parameters in group_parameters(spec.parameters, tensor, pipeline)
         ]
         self.frees_whole = policy.shards_parameters and comm.size > 1
         self.state = State.WHOLE

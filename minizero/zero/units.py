@@ -44,9 +44,12 @@ def find_units(model: nn.Module) -> list[UnitSpec]:
 
 
 def repeated_children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of each outermost repeated child of a ModuleList or Sequential."""
+    """(name, module) of each outermost repeated child of a ModuleList or Sequential.
+
+    A child that is on another pipeline stage counts as what it `stands_for`.
+    """
     container = isinstance(module, nn.ModuleList | nn.Sequential)
-    classes = Counter(type(child) for child in module.children())
+    classes = Counter(getattr(child, "stands_for", type(child)) for child in module.children())
     for name, child in module.named_children():
         full = f"{prefix}{name}"
         callable_child = not isinstance(child, nn.ModuleList | nn.ModuleDict)  # those have no forward to hook

@@ -1,0 +1,62 @@
+"""What an engine does when its model is cut into pipeline stages: whole steps, never a single forward.
+
+The engine hands a step's batches to the executor, which runs the schedule; losses meet in the optimizer's window on the
+rank of the last virtual stage, and reach every rank with the step's one small exchange.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minizero.dist.collectives import Communicator
+from minizero.parallel.pipeline.actions import Action
+from minizero.parallel.pipeline.executor import Executor
+from minizero.parallel.pipeline.simulate import Event, Timeline
+
+
+class Pipelined:
+    """The pipeline of one engine.
+
+    Args:
+        executor: of this rank. comm: the pipeline axis. device: of the tensors.
+    """
+
+    def __init__(self, executor: Executor, comm: Communicator, device: torch.device) -> None:
+        self.executor, self.comm, self.device = executor, comm, device
+        self.schedule = executor.schedule
+        self.last_rank = self.schedule.placement[-1][0]
+
+    def train(self, batches: Sequence[Any]) -> None:
+        """Forward and backward of all microbatches of one step."""
+        self.executor.train(batches)
+
+    def infer(self, batches: Sequence[Any]) -> list[Any]:
+        """The model's outputs on the rank of the last virtual stage; an empty list on the others."""
+        return self.executor.infer(batches)
+
+    def from_last(self, tensor: Tensor, what: str) -> Tensor:
+        """The value that `tensor` has on the rank of the last virtual stage, on every rank; its shape is the same."""
+        self.comm.broadcast(tensor, self.last_rank, what)
+        return tensor
+
+    def timeline(self) -> Timeline:
+        """When every action of the last training step ran, on every rank; collective over the pipeline axis.
+
+        Seconds from the first start on any rank. Ranks of one host share a clock; over several hosts their rows may be
+        shifted against each other.
+        """
+        own = [[str(event.action), event.start, event.stop] for event in self.executor.events]
+        rows = self.comm.gather_bytes(json.dumps(own).encode(), "timeline", self.device)
+        events = [
+            [Event(Action.parse(name), start, stop) for name, start, stop in json.loads(row.decode())] for row in rows
+        ]
+        began = min((row[0].start for row in events if row), default=0.0)
+        return Timeline(
+            f"{self.schedule.name}, measured",
+            tuple(tuple(Event(e.action, e.start - began, e.stop - began) for e in row) for row in events),
+        )
