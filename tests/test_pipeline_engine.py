@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_distributed
+from test_layouts import covering
 from test_tensor_parallel import randomized
 from torch import Tensor, nn
 from training import relative_error, run_steps, train_with_torch
@@ -60,8 +61,10 @@ def train(
     return run_steps(engine, batches(steps, samples), microbatches)
 
 
-def plainly(family: str, layers: int, steps: int, samples: int, **more: Any) -> tuple[list[float], list[float]]:
-    return train_with_torch(make(family, layers, **more), batches(steps, samples), 1e-3)
+def plainly(
+    family: str, layers: int, steps: int, samples: int, microbatches: int, **more: Any
+) -> tuple[list[float], list[float]]:
+    return train_with_torch(make(family, layers, **more), batches(steps, samples), 1e-3, microbatches)
 
 
 def agree(reports: list[Any], wanted: tuple[list[float], list[float]], bound: float = 2e-6) -> None:
@@ -70,7 +73,104 @@ def agree(reports: list[Any], wanted: tuple[list[float], list[float]], bound: fl
         assert relative_error(norms, wanted[1]) < bound
 
 
-@pytest.mark.parametrize("schedule", ("gpipe", "one_f_one_b", "zb_h1", "zb_h2", "interleaved", "zbv", "dualpipe_v"))
-def test_two_stages(schedule):
-    wanted = plainly("llama", 5, STEPS, 6)
-    agree(run_distributed(train, 2, "llama", 5, STEPS, 6, 3, 2, schedule), wanted)
+
+SCHEDULES: tuple[tuple[str, int | None], ...] = (
+    ("gpipe", None),
+    ("one_f_one_b", None),
+    ("interleaved", 1),
+    ("interleaved", 2),
+    ("interleaved", 3),
+    ("zb_h1", None),
+    ("zb_h2", None),
+    ("zbv", None),
+    ("dualpipe_v", None),
+    ("zb_auto", None),
+)
+
+
+def train_each(family: str, layers: int, counts: list[int], pp: int, schedule: str, chunks: int | None) -> list[Any]:
+    """A run for each number of microbatches, of one sample each."""
+    found = []
+    for count in counts:
+        model = make(family, layers, tie_embeddings=count % 2 == 0)
+        config = settings(count, count, pp, schedule, pipeline={"chunks": chunks})
+        engine, *_ = minizero.initialize(model=model, config=config)
+        found.append(run_steps(engine, batches(STEPS, count), count))
+        engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("pp", (2, 4))
+@pytest.mark.parametrize(("schedule", "chunks"), SCHEDULES)
+def test_every_schedule_with_every_number_of_microbatches(schedule, chunks, pp):
+    family = "gpt2" if schedule in ("gpipe", "zbv") else "llama"
+    layers = pp * (2 if schedule in ("zbv", "dualpipe_v") else chunks or 1) + 1
+    counts = [*range(1, 3 * pp + 1)]
+    reports = run_distributed(train_each, pp, family, layers, counts, pp, schedule, chunks, timeout=240)
+    for place, count in enumerate(counts):
+        wanted = plainly(family, layers, STEPS, count, count, tie_embeddings=count % 2 == 0)
+        agree([report[place] for report in reports], wanted)
+
+
+FEATURES: dict[str, tuple[Any, ...]] = {
+    "schedule": ("one_f_one_b", "interleaved", "zb_h1", "zbv", "dualpipe_v"),
+    "tp": (1, 2),
+    "sequence": (False, True),
+    "context": ("none", "ring", "ulysses"),
+    "stage": (0, 1, 2, 3),
+    "gather": ("step", "microbatch"),
+    "accumulation": ("auto", "sharded"),
+    "recompute": ("none", "selective", "full"),
+    "family": ("llama", "gpt2"),
+    "tied": (False, True),
+}
+
+
+def legal(cell: dict[str, Any]) -> bool:
+    """Sequence parallel needs tensor parallel ranks; only stage 3 gathers, and only shards are reduced into."""
+    return (
+        (cell.get("tp", 2) > 1 or not cell.get("sequence", False))
+        and (cell.get("gather", "step") == "step" or cell.get("stage", 3) == 3)
+        and (cell.get("accumulation", "auto") == "auto" or cell.get("stage", 3) >= 2)
+    )
+
+
+CELLS = covering(FEATURES, legal)
+
+
+def world_of(cell: Any) -> int:
+    """Two data-parallel ranks where they fit into eight."""
+    ranks = 2 * cell[1] * (1 if cell[3] == "none" else 2)
+    return ranks if ranks == 8 else 2 * ranks
+
+
+def train_cell(cell: Any, dtype: torch.dtype, steps: int) -> Any:
+    schedule, tp, sequence, context, stage, gather, accumulation, recompute, family, tied = cell
+    return train(
+        family,
+        5,
+        steps,
+        8,
+        4,
+        2,
+        schedule,
+        dtype=dtype,
+        model={"tie_embeddings": tied},
+        parallel={
+            "tp": tp,
+            "sequence": sequence,
+            "cp": 1 if context == "none" else 2,
+            "context": "ring" if context == "none" else context,
+        },
+        pipeline={"gather": gather},
+        zero={"stage": stage, "accumulation": accumulation},
+        recompute={"mode": recompute, "every": 2 if recompute == "full" else 1},
+    )
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(map(str, cell)))
+def test_a_pipeline_goes_with_every_other_axis(cell):
+    family, tied = cell[-2:]
+    for dtype, steps, bound in ((torch.float32, STEPS, 2e-6), (torch.float64, 3, 1e-10)):
+        wanted = plainly(family, 5, steps, 8, 4, dtype=dtype, tie_embeddings=tied)
+        agree(run_distributed(train_cell, world_of(cell), cell, dtype, steps), wanted, bound)

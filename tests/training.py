@@ -90,18 +90,26 @@ def run_steps(engine: Any, batches: list[dict[str, Tensor]], accumulation: int =
 
 
 def train_with_torch(
-    model: torch.nn.Module, batches: list[dict[str, Tensor]], lr: float
+    model: torch.nn.Module, batches: list[dict[str, Tensor]], lr: float, micro_batches: int = 1
 ) -> tuple[list[float], list[float]]:
-    """(losses, norms) of torch alone, AdamW and clipping as `settings` have them."""
+    """(losses, norms) of torch alone, AdamW and clipping as `settings` have them.
+
+    In fp32 a sum over micro-batches rounds otherwise than one over the whole batch.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
     losses, norms = [], []
     for batch in batches:
-        total, count = model(**batch)
-        (total / count).backward()
+        total, count = 0.0, (batch["labels"] != -100).sum()
+        for index in range(micro_batches):
+            part, _ = model(**{key: value.chunk(micro_batches)[index] for key, value in batch.items()})
+            part.backward()
+            total += part.detach().double()
+        for parameter in model.parameters():
+            parameter.grad /= count
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float((total / count).detach()))
+        losses.append(float(total / count))
     return losses, norms
 
 

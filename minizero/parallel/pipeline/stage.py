@@ -80,15 +80,17 @@ class ChunkEnd(Exception):
 
 
 class Absent(nn.Module):
-    """In the place of a module that other ranks have, or another chunk of this one.
+    """In the place of a module that other ranks have, or another chunk of this one; with its plain attributes.
 
     Attributes:
         place: in the order. stands_for: the class of the module, for who counts what repeats.
     """
 
-    def __init__(self, owner: StagedModel, place: int, stands_for: type) -> None:
+    def __init__(self, owner: StagedModel, place: int, module: nn.Module) -> None:
         super().__init__()
-        self.place, self.stands_for = place, stands_for
+        plain = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
+        self.__dict__.update(plain)  # a model may ask an embedding for its size, or a block for its kind of attention
+        self.place, self.stands_for = place, type(module)
         self._meet = owner.meet
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,8 +126,7 @@ class StagedModel:
         self.ties: Ties = {p: ranks for p, ranks in users.items() if len(ranks) > 1}
         self._keeps = self._kept_places()
         self._absent = {
-            place: Absent(self, place, type(piece.parent._modules[piece.key]))
-            for place, piece in enumerate(self.pieces)
+            place: Absent(self, place, model.get_submodule(piece.name)) for place, piece in enumerate(self.pieces)
         }
         for place, piece in enumerate(self.pieces):
             if place not in self._keeps:
