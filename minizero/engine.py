@@ -119,12 +119,12 @@ class Engine:
     def _refuse_in_pipeline(self, what: str, legal: str) -> None:
         if self.pipeline is not None:
             raise RuntimeError(
-                f"parallel.pp = {self.settings.parallel.pp}: {what} is a part of a step, which a pipeline schedules as a "
-                f"whole; legal: {legal}"
+                f"parallel.pp = {self.settings.parallel.pp}: {what} is a part of a step, which a pipeline "
+                f"schedules as a whole; legal: {legal}"
             )
 
     def _compare_inputs(self, inputs: Any) -> None:
-        """Raise ValueError on all ranks when tensor-, context- or pipeline-parallel ranks were given different batches."""
+        """Raise ValueError on all ranks when ranks of one data-parallel rank were given different batches."""
         self._compares_inputs = self.settings.debug.collectives  # else the first forward is enough to find out
         given = samples(inputs)
         row = torch.tensor([len(given), given[0].numel() if given else 0, 0], device=self.device)
@@ -137,8 +137,8 @@ class Engine:
         if bool(different.any()):
             raise ValueError(
                 f"ranks {different.flatten().nonzero()[:, 0].tolist()} were given other batches than the first of "
-                "their tensor-, context- and pipeline-parallel ranks; legal: the same for all of one data-parallel rank "
-                "(see engine.dp_rank and engine.dp_size)"
+                "their tensor-, context- and pipeline-parallel ranks; legal: the same for all of one data-parallel "
+                "rank (see engine.dp_rank and engine.dp_size)"
             )
 
     def backward(self, loss: Loss, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:

@@ -145,13 +145,14 @@ def split(
             row = torch.tensor(seconds, dtype=torch.float64, device=device)
             return pipeline.gather_rows(row, "seconds of layers")[0].tolist()
 
-        stage: LayerStage | StagedModel = LayerStage(model, pipeline.rank, placement, config.train.seed, agree)
-        made.replaced = stage.replaced
+        layers = LayerStage(model, pipeline.rank, placement, config.train.seed, agree)
+        made.stage, made.removed, made.replaced = layers, layers.removed, layers.replaced
+        made.pipeline = PipelineLayout(pipeline, layers.ties)
     else:
-        stage = StagedModel(model, pipeline.rank, placement, config.pipeline.partition)
-        stage.sequence = config.parallel.sequence
-    made.stage, made.removed, made.undo = stage, stage.removed, stage.undo
-    made.pipeline = PipelineLayout(pipeline, stage.ties)
+        decoder = StagedModel(model, pipeline.rank, placement, config.pipeline.partition)
+        decoder.sequence = config.parallel.sequence
+        made.stage, made.removed, made.undo = decoder, decoder.removed, decoder.undo
+        made.pipeline = PipelineLayout(pipeline, decoder.ties)
     return made
 
 

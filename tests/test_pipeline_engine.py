@@ -24,7 +24,13 @@ def make(family: str, layers: int, dtype: torch.dtype = torch.float32, **more: A
     torch.manual_seed(0)
     kv_heads = 2 if family == "llama" else None
     config = ModelConfig(
-        family=family, hidden_size=24, num_layers=layers, num_heads=4, num_kv_heads=kv_heads, intermediate_size=37, **more
+        family=family,
+        hidden_size=24,
+        num_layers=layers,
+        num_heads=4,
+        num_kv_heads=kv_heads,
+        intermediate_size=37,
+        **more,
     )
     return randomized(build(config, VOCAB, LENGTH)).to(dtype)
 
@@ -71,7 +77,6 @@ def agree(reports: list[Any], wanted: tuple[list[float], list[float]], bound: fl
     for losses, norms in reports:
         assert relative_error(losses, wanted[0]) < bound
         assert relative_error(norms, wanted[1]) < bound
-
 
 
 SCHEDULES: tuple[tuple[str, int | None], ...] = (

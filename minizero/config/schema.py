@@ -346,6 +346,6 @@ class Config(Section):
         one, other = self.pipeline.microbatches, self.train.gradient_accumulation_steps
         if one is not None and other is not None and one != other:
             raise ValueError(
-                f"pipeline.microbatches {one} and train.gradient_accumulation_steps {other} are the same thing; give one"
+                f"pipeline.microbatches {one} and train.gradient_accumulation_steps {other} are the same; give one"
             )
         return self

@@ -437,9 +437,7 @@ class Communicator:
 
     def sum_among(self, ranks: Sequence[int], tensor: Tensor, unit: str) -> Tensor:
         """tensor {partial over some ranks of the axis} -> their sum, in rank order; called by those ranks alone."""
-        work = self._begin(
-            "all_reduce", unit, tensor, tensor.numel(), tensor.dtype, tensor.nbytes * (len(ranks) - 1)
-        )
+        work = self._begin("all_reduce", unit, tensor, tensor.numel(), tensor.dtype, tensor.nbytes * (len(ranks) - 1))
         mine = tensor.contiguous()
         host = mine.cpu() if dist.get_backend(self.group) == "gloo" else mine
         parts = {rank: host if rank == self.rank else torch.empty_like(host) for rank in ranks}

@@ -155,9 +155,7 @@ class Arrival:
         self._opened = made = empty_for(self.label.tolist(), links.wire_device)
         for tensor, _ in made:
             if tensor is not None and tensor.numel():
-                request = dist.irecv(
-                    tensor.view(-1), links.ranks[self.source], group=links.group, tag=self.tag + 1
-                )
+                request = dist.irecv(tensor.view(-1), links.ranks[self.source], group=links.group, tag=self.tag + 1)
                 self.work.requests.append(links._request(request))
 
     def tensors(self) -> list[tuple[Tensor | None, bool]]:
@@ -197,7 +195,7 @@ def label_of(tensors: Sequence[Tensor | None]) -> Tensor:
             continue
         if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
             raise ValueError(
-                f"a tensor of dtype {tensor.dtype} and layout {tensor.layout} cannot be sent; legal: strided tensors of "
+                f"a tensor of {tensor.dtype} and layout {tensor.layout} cannot be sent; legal: strided tensors of "
                 f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}"
             )
         words += [DTYPES.index(tensor.dtype), int(tensor.requires_grad), tensor.dim(), *tensor.shape]

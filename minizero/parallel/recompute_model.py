@@ -67,7 +67,10 @@ def apply_recompute(
         )
     undo: list[Removable] = [without_cache(decoder) for _, decoder in foreign_decoders(model)]
     if settings.mode == "full":
-        return [*undo, *(checkpoint_forward(module) for place, (_, module) in blocks.items() if place % settings.every == 0)]
+        return [
+            *undo,
+            *(checkpoint_forward(module) for place, (_, module) in blocks.items() if place % settings.every == 0),
+        ]
     assert settings.budget is not None
     budget = ByteBudget(settings.budget, len(blocks), agree)
     deciders = [BudgetedBlock(budget, index, module) for index, (_, module) in blocks.items()]

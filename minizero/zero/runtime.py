@@ -51,7 +51,8 @@ class ZeroRuntime:
         seed: of the initialization of meta parameters.
         tensor: what tensor parallelism did to the model, where it did. pipeline: what is left of it to this stage.
 
-    Raises ValueError when the model has no trainable parameter (a stage of it may have none), one that cannot be initialized, or an engine already.
+    Raises ValueError when the model has no trainable parameter (a stage of it may have none), one that cannot be
+    initialized, or an engine already.
     """
 
     def __init__(

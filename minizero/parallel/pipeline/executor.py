@@ -16,7 +16,8 @@ chunk is left. Parameters are whole for the step, or around each action (`gather
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -127,12 +128,15 @@ class Executor:
 
     def _run(self, row: Row, batches: Sequence[Any], outputs: list[Any] | None = None) -> None:
         if self._broken is not None:
-            raise RuntimeError(f"this pipeline broke off before, and its ranks are not in step any more: {self._broken}")
+            raise RuntimeError(
+                f"this pipeline broke off before, and its ranks are not in step any more: {self._broken}"
+            )
         if outputs is None:
             self.events, self.in_flight, self._left = [], 0, dict(row.left)
-        position, doing = 0, "the beginning"
+        left, doing = deque(row.steps), "the beginning"
         try:
-            for position, step in enumerate(row.steps):
+            while left:
+                step = left[0]
                 if isinstance(step, Receive):
                     self._arrivals[step.transfer.before] = self.links.receive(step.transfer.source, told(step.transfer))
                 elif isinstance(step, Send):
@@ -140,13 +144,14 @@ class Executor:
                 else:
                     doing = self._name(step)
                     self._act(step, batches, outputs, row)
+                left.popleft()
             for target in range(self.links.comm.size):
                 self.links.arrived(target, leave=0)
         except Exception as error:
-            self._break(row.steps[position:], doing, error)
+            self._break(left, doing, error)
             raise
 
-    def _break(self, left: Sequence[Step], doing: str, error: Exception) -> None:
+    def _break(self, left: Iterable[Step], doing: str, error: Exception) -> None:
         """Tell every rank that still waits for this one, and let go of everything."""
         if isinstance(error, CollectiveError):
             reason = str(error)
@@ -190,7 +195,10 @@ class Executor:
         if self._left[chunk] and not self.reduce_each:
             return
         others = {
-            module for other, left in self._left.items() if left and other != chunk for module in self.stage.modules_of(other)
+            module
+            for other, left in self._left.items()
+            if left and other != chunk
+            for module in self.stage.modules_of(other)
         }
         self.storage.reduce_early([module for module in self.stage.modules_of(chunk) if module not in others])
 
@@ -317,7 +325,7 @@ def tensors_of(output: Any) -> list[Tensor | None]:
     for item in found:
         if item is not None and not isinstance(item, Tensor):
             raise ValueError(
-                f"a pipeline stage returned a {type(item).__name__}{' in a tuple' if item is not output else ''}; legal: "
+                f"a pipeline stage returned {'' if item is output else 'a tuple with '}a {type(item).__name__}; legal: "
                 "a tensor, or a flat tuple of tensors and Nones"
             )
     return found

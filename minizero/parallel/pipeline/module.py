@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,6 @@ from minizero.parallel.pipeline.actions import Placement
 from minizero.parallel.pipeline.partition import METHODS, balanced, flops_of, matching, parameters_of, uniform
 from minizero.parallel.pipeline.stage import Ties
 from minizero.utils.seeds import module_seed
-from minizero.utils.undo import Removable
 
 
 class LayerSpec:
@@ -105,7 +105,7 @@ class PipelineModule(nn.Module):
         example_input: Any = None,
     ) -> None:
         super().__init__()
-        self.specs = [*layers]
+        self.specs: list[Any] = [*layers]  # None: on another stage
         if not self.specs:
             raise ValueError("PipelineModule: layers is empty")
         if num_stages is not None and num_stages < 1:
@@ -140,7 +140,9 @@ class PipelineModule(nn.Module):
         elif callable(spec):
             self.layers.append(Elsewhere(type(spec)))
         else:
-            raise ValueError(f"PipelineModule: a layer is a {type(spec).__name__}; legal: modules, LayerSpecs, functions")
+            raise ValueError(
+                f"PipelineModule: a layer is a {type(spec).__name__}; legal: modules, LayerSpecs, functions"
+            )
 
     # ---- computing ----
 
@@ -161,13 +163,13 @@ class PipelineModule(nn.Module):
             return x
         return self.loss_fn(x, labels)
 
-    def _layer(self, place: int) -> Callable[[Any], Any]:
-        spec = self.specs[place]
-        if isinstance(spec, TiedLayerSpec):
-            module, forward_fn = self.tied[spec.key], spec.forward_fn
-            return module if forward_fn is None else lambda x: forward_fn(module, x)
-        is_function = not isinstance(spec, LayerSpec | nn.Module)
-        return spec if is_function else self.layers[place]  # type: ignore[return-value]
+    def _layer(self, place: int, built: nn.Module | None = None) -> Callable[[Any], Any]:
+        """What layer `place` does; with `built` in the place of its module."""
+        spec, module = self.specs[place], built or self._module(place)
+        if module is None:
+            return spec
+        forward_fn = getattr(spec, "forward_fn", None)
+        return module if forward_fn is None else partial(forward_fn, module)
 
     # ---- building ----
 
@@ -192,8 +194,9 @@ class PipelineModule(nn.Module):
 
     def _first_of(self, spec: LayerSpec) -> LayerSpec:
         """The spec that says how a shared module is built."""
-        shared = [s for s in self.specs if isinstance(s, TiedLayerSpec) and isinstance(spec, TiedLayerSpec)]
-        return next((s for s in shared if s.key == spec.key), spec)
+        if not isinstance(spec, TiedLayerSpec):
+            return spec
+        return next(s for s in self.specs if isinstance(s, TiedLayerSpec) and s.key == spec.key)
 
     def cut(self, stages: int, agree: Callable[[list[float]], list[float]] = list) -> list[range]:
         """The layers of each of `stages` virtual stages; `agree` makes what was measured the same on all ranks.
@@ -217,15 +220,11 @@ class PipelineModule(nn.Module):
         return balanced([0.0 if module is None else measure(module) for module in modules], stages)
 
     def measured(self) -> list[float]:
-        """Seconds of each layer's forward and backward on the example: the shorter of two, one layer built at a time."""
+        """Seconds of each layer's forward and backward on the example: the shorter of two."""
         seconds, x = [], self.example_input
         for place in range(len(self.specs)):
-            layer = self._layer(place)
             spec = self.specs[place]
-            if isinstance(spec, LayerSpec):
-                built = spec.build()
-                forward_fn = getattr(spec, "forward_fn", None)
-                layer = built if forward_fn is None else lambda x, f=forward_fn, m=built: f(m, x)
+            layer = self._layer(place, spec.build() if isinstance(spec, LayerSpec) else None)
             times = []
             for _ in range(3):
                 began = time.perf_counter()
@@ -258,7 +257,7 @@ class LayerStage:
         agree: as in `PipelineModule.cut`.
 
     Attributes:
-        ties, removed, undo: as in `stage.StagedModel`. replaced: built parameters by those of the meta device.
+        ties, removed: as in `stage.StagedModel`. replaced: built parameters by those of the meta device.
     """
 
     def __init__(
@@ -270,7 +269,6 @@ class LayerStage:
         agree: Callable[[list[float]], list[float]] = list,
     ) -> None:
         self.model, self.rank, self.placement = model, rank, placement
-        self.undo: list[Removable] = []
         before = set(model.parameters())
         model.parts = model.cut(len(placement), agree)
         rank_of = {place: placement[stage][0] for stage, part in enumerate(model.parts) for place in part}
@@ -312,8 +310,8 @@ class LayerStage:
         return [module for place in part if (module := self.model._module(place)) is not None]
 
     def has(self, name: str) -> bool:
-        """Whether a module called `name` is here."""
-        return True
+        """See `stage.Stage.has`."""
+        return any(name == here for here, _ in self.model.named_modules())
 
 
 def refuse_shared_objects(model: PipelineModule, rank_of: dict[int, int]) -> None:
@@ -323,8 +321,8 @@ def refuse_shared_objects(model: PipelineModule, rank_of: dict[int, int]) -> Non
         spec = model.specs[place]
         if isinstance(spec, nn.Module) and rank_of[first.setdefault(id(spec), place)] != rank:
             raise ValueError(
-                f"PipelineModule: layers {first[id(spec)]} and {place} are one {type(spec).__name__} on two stages; legal: "
-                "a TiedLayerSpec"
+                f"PipelineModule: layers {first[id(spec)]} and {place} are one {type(spec).__name__} on two stages; "
+                "legal: a TiedLayerSpec"
             )
 
 

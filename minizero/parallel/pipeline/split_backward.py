@@ -67,13 +67,11 @@ class WeightHalf:
         while self.incoming:
             node, grads = self.incoming.popitem()
             ribs = self.ribs.pop(node)
-            for rib, gradient in zip(ribs, gradients_of(node, grads, ribs), strict=True):
-                if gradient is None:
-                    continue
-                if rib.private:
-                    torch.autograd.backward([rib.edge], [gradient], inputs=rib.parameters)
-                else:
-                    below.append((rib.edge, gradient))
+            for rib, found in zip(ribs, gradients_of(node, grads, ribs), strict=True):
+                if found is not None and rib.private:
+                    torch.autograd.backward([rib.edge], [found], inputs=rib.parameters)
+                elif found is not None:
+                    below.append((rib.edge, found))
         if below:
             backward(below, self.parameters)
 
@@ -163,7 +161,11 @@ class Graph:
             for node, found in edges.items()
         }
         at_once = {
-            leaf for node, found in edges.items() for e in found if e not in waits[node] for leaf in self._leads_to[e[0]]
+            leaf
+            for node, found in edges.items()
+            for e in found
+            if e not in waits[node]
+            for leaf in self._leads_to[e[0]]
         }
         outside = [root for root in roots if root is not None and self.is_outside(root)]
         ends = [*(e for found in waits.values() for e in found), *((root, 0) for root in outside)]

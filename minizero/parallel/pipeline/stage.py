@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from minizero.parallel.foreign import foreign_decoders, is_foreign, without_cache
@@ -58,6 +57,10 @@ class Stage(Protocol):
 
     def modules_of(self, chunk: int) -> list[nn.Module]:
         """The outermost modules that belong to `chunk`."""
+        ...
+
+    def has(self, name: str) -> bool:
+        """Whether the module that was called `name` in the whole model is here."""
         ...
 
 
@@ -186,8 +189,8 @@ class StagedModel:
         """What a forward finds where a module is absent."""
         if self._running is None:
             raise RuntimeError(
-                f"{self.pieces[absent.place].name} is on another pipeline stage: call engine.train_batch, eval_batch or "
-                "infer, on every rank"
+                f"{self.pieces[absent.place].name} is on another pipeline stage: call engine.train_batch, "
+                "eval_batch or infer, on every rank"
             )
         stage, received = self._running
         if self.pieces[absent.place].stage > stage:
@@ -214,7 +217,7 @@ class StagedModel:
         return [module for module in found if module is not None]
 
     def has(self, name: str) -> bool:
-        """Whether the module that was called `name` before the cut is here."""
+        """See `Stage.has`."""
         for place, piece in enumerate(self.pieces):
             if name == piece.name or name.startswith(f"{piece.name}."):
                 return place in self._keeps
@@ -239,12 +242,10 @@ def order_of(model: Any) -> tuple[str, ...]:
             "blocks, norm and head"
         )
     base = model.base_model_prefix
-    inner = GPT2_ORDER if config.model_type == "gpt2" else None
-    if inner is None:
-        plan = getattr(config, "base_model_pp_plan", None)
-        if not plan:
-            raise ValueError(f"parallel.pp: transformers has no pipeline plan for {type(model).__name__}")
-        inner = tuple(f"{base}.{name}" for name in plan)
+    plan = getattr(config, "base_model_pp_plan", None) or ()
+    inner = GPT2_ORDER if config.model_type == "gpt2" else tuple(f"{base}.{name}" for name in plan)
+    if not inner:
+        raise ValueError(f"parallel.pp: transformers has no pipeline plan for {type(model).__name__}")
     heads = [name for name, child in model.named_children() if name != base and any(True for _ in child.parameters())]
     return (*inner, *heads)
 
@@ -264,7 +265,9 @@ def pieces_of(model: nn.Module, stages: int, method: str) -> list[Piece]:
         )
     ends = [[model.get_submodule(name) for name in part] for part in (names[:middle], names[middle + 1 :])]
     stage_of = {
-        block: stage for stage, part in enumerate(cut_blocks([*blocks.values()], ends, stages, method)) for block in part
+        block: stage
+        for stage, part in enumerate(cut_blocks([*blocks.values()], ends, stages, method))
+        for block in part
     }
     whole = [(name, 0) for name in names[:middle]]
     whole += [(f"{lists[0]}.{key}", stage_of[place]) for place, key in enumerate(blocks)]
@@ -310,4 +313,3 @@ def ranks_of_parameters(
         for parameter in model.get_submodule(piece.name).parameters():
             users.setdefault(parameter, set()).add(placement[piece.stage][0])
     return {parameter: tuple(sorted(ranks)) for parameter, ranks in users.items()}
-
