@@ -93,6 +93,7 @@ def initialize(
     init_distributed(settings.dist.backend, distributed_port=distributed_port, timeout=settings.dist.timeout)
     mesh, comm, device = join(settings, model)
     batch = settings.batch(comm.size // settings.parallel.cp)
+    num_parameters = sum(p.numel() for p in model.parameters())  # before they are shared out
     parallel = parallelize(model, settings, comm, device, batch.accumulation)
     policy = Policy.from_config(settings, device, comm.size)
     runtime = ZeroRuntime(model, comm, policy, device, settings.train.seed, parallel.layout, parallel.pipeline)
@@ -125,6 +126,7 @@ def initialize(
         config=settings,
         dataloader=loader,
         entry=entry,
+        num_parameters=num_parameters,
         stages=parallel,
     )
     return engine, sharded, loader, schedule

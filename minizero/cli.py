@@ -22,10 +22,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from minizero.config import ConfigError
 from minizero.config.load import load
-from minizero.parallel.pipeline.actions import read_csv, write_csv
+from minizero.parallel.pipeline import measured
+from minizero.parallel.pipeline.actions import Schedule, read_csv, write_csv
 from minizero.parallel.pipeline.draw import caption, grid, save
 from minizero.parallel.pipeline.schedules import SCHEDULES, build
-from minizero.parallel.pipeline.simulate import Costs, simulate
+from minizero.parallel.pipeline.simulate import Costs, Timeline, simulate
 from minizero.parallel.pipeline.validate import validate
 
 PACKAGES = ("minizero", "torch", "numpy", "pydantic", "tokenizers", "safetensors", "transformers", "deepspeed")
@@ -152,6 +153,7 @@ def add_pipeline(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     source = pipeline.add_mutually_exclusive_group(required=True)
     source.add_argument("--schedule", help=", ".join(SCHEDULES))
     source.add_argument("--csv", metavar="FILE", help="your own: a row of actions per rank, such as F0,F1,BW0,BW1")
+    source.add_argument("--measured", metavar="FILE", help="pipeline.json of a run: what it planned beside what it did")
     pipeline.add_argument("--stages", type=int, metavar="P", help="ranks, each with one stage")
     pipeline.add_argument("--microbatches", type=int, metavar="M")
     pipeline.add_argument("--chunks", type=int, metavar="V", help="chunks per rank (interleaved: 2 unless given)")
@@ -165,38 +167,55 @@ def add_pipeline(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def pipeline_verb(options: argparse.Namespace) -> int:
     """Prove, simulate and show a schedule; returns the exit code."""
     try:
-        costs = Costs.parse(options.cost) if options.cost else Costs()
-        fixed = [name for name in ("stages", "microbatches") if getattr(options, name) is not None]
-        if options.csv:
-            others = [name for name in ("chunks", "memory_limit", "kept") if getattr(options, name) is not None]
-            if fixed + others:
-                raise ValueError(
-                    f"--{(fixed + others)[0].replace('_', '-')} does not go with --csv: the file says it all"
-                )
-            schedule = read_csv(options.csv)
-        elif len(fixed) < 2:
-            raise ValueError("--schedule needs --stages and --microbatches")
-        else:
-            size = (options.stages, options.microbatches, options.chunks)
-            schedule = build(options.schedule, *size, costs, options.memory_limit, options.kept)
+        schedule, timelines = schedule_and_timelines(options)
         peak = validate(schedule)
-        timeline = simulate(schedule, costs)
         if options.draw and Path(options.draw).suffix == ".csv":
             write_csv(schedule, options.draw)
         elif options.draw:
-            save(options.draw, timeline)
+            save(options.draw, *timelines)
     except (ValueError, OSError) as error:
         raise SystemExit(f"minizero pipeline: {error}") from None
     if options.json:
         found = {"schedule": schedule.name, "ranks": schedule.ranks, "chunks": schedule.chunks}
-        found |= {"microbatches": schedule.microbatches, "bubble": timeline.bubble, "makespan": timeline.makespan}
-        print(json.dumps(found | {"peak_in_flight": peak, "order": schedule.order}))
+        found |= {"microbatches": schedule.microbatches, "peak_in_flight": peak, "order": schedule.order}
+        found |= {"bubble": timelines[0].bubble, "makespan": timelines[0].makespan}
+        if options.measured:
+            found |= {"measured_bubble": timelines[1].bubble, "measured_makespan": timelines[1].makespan}
+        print(json.dumps(found))
         return 0
-    print(caption(timeline))
-    picture = grid(timeline)
-    if max(map(len, picture.splitlines())) <= WIDEST_GRID:
-        print(picture)
+    for timeline in timelines:
+        print(caption(timeline))
+        picture = grid(timeline)
+        if max(map(len, picture.splitlines())) <= WIDEST_GRID:
+            print(picture)
     return 0
+
+
+def schedule_and_timelines(options: argparse.Namespace) -> tuple[Schedule, list[Timeline]]:
+    """The schedule that was asked for, simulated; of a run, what was planned from its costs and what was measured.
+
+    Raises ValueError for options that do not go together.
+    """
+    costs = Costs.parse(options.cost) if options.cost else Costs()
+    fixed = [name for name in ("stages", "microbatches") if getattr(options, name) is not None]
+    others = [name for name in ("chunks", "memory_limit", "kept") if getattr(options, name) is not None]
+    if options.measured or options.csv:
+        others += ["cost"] if options.measured and options.cost else []
+        if fixed + others:
+            source = "measured" if options.measured else "csv"
+            raise ValueError(
+                f"--{(fixed + others)[0].replace('_', '-')} does not go with --{source}: the file says it all"
+            )
+        if options.measured:
+            schedule, timeline = measured.read(options.measured)
+            return schedule, [measured.planned(schedule, timeline), timeline]
+        schedule = read_csv(options.csv)
+    elif len(fixed) < 2:
+        raise ValueError("--schedule needs --stages and --microbatches")
+    else:
+        size = (options.stages, options.microbatches, options.chunks)
+        schedule = build(options.schedule, *size, costs, options.memory_limit, options.kept)
+    return schedule, [simulate(schedule, costs)]
 
 
 def _version(package: str) -> str | None:

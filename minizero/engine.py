@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +68,7 @@ class Engine:
         batch: BatchSizes,
         config: Config,
         entry: ForwardEntry,
+        num_parameters: int,
         dataloader: Any = None,
         stages: Parallelized | None = None,
     ) -> None:
@@ -94,6 +94,7 @@ class Engine:
         self._synchronize = True
         self._iterator: Iterator[Any] | None = None
         self._compares_inputs = config.parallel.tp * config.parallel.cp * config.parallel.pp > 1
+        self._num_parameters = num_parameters
         self.pipeline = None if stages is None or stages.stage is None else self._pipeline(stages)
 
     # ---- one micro-batch ----
@@ -484,8 +485,7 @@ class Engine:
 
     def num_parameters(self) -> int:
         """Parameters of the whole model."""
-        tensor = self.runtime.tensor
-        return sum(p.numel() if tensor is None else prod(tensor.shard(p).shape) for p in self.module.parameters())
+        return self._num_parameters
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of model state on this rank by kind: parameters, masters, gradients, optimizer."""

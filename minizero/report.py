@@ -19,30 +19,28 @@ from minizero.engine import Engine
 from minizero.observe.figures import draw_loss_curve
 from minizero.observe.metrics import read_metrics
 from minizero.observe.summary import RunSummary, compressed_bits_per_byte, print_summary
+from minizero.parallel.pipeline import measured
+from minizero.parallel.pipeline.actions import Schedule
+from minizero.parallel.pipeline.draw import save
+from minizero.parallel.pipeline.simulate import Timeline
 from minizero.utils.files import write_atomically
 from minizero.zero import unsharded
 
 PROMPT, SAMPLE_TOKENS, TEMPERATURE = "import ", 80, 0.7
 
 
-@torch.no_grad()
 def bits_per_byte(engine: Engine, data: PreparedData, config: Config) -> float:
     """Bits that the model needs per byte of the held-out files; collective."""
-    engine.eval()
-    total = torch.zeros(1, dtype=torch.float64, device=engine.device)
-    for batch in EvaluationLoader(
+    batches = EvaluationLoader(
         data.validation,
         sequence_length=config.train.sequence_length,
         batch_size=8,
         stride=config.train.sequence_length // 2,
         dp_rank=engine.dp_rank,
         dp_size=engine.dp_size,
-    ):
-        loss_sum, _ = engine(**{name: tensor.to(engine.device) for name, tensor in batch.items()})
-        total += loss_sum.double()
-    engine.train()
-    nats = float(engine.comm.gather_rows(total, "held-out loss").sum())
-    return nats / math.log(2) / data.validation.num_bytes
+    )
+    nats, _ = engine.evaluate(batches)
+    return float(nats) / math.log(2) / data.validation.num_bytes
 
 
 @torch.no_grad()
@@ -57,9 +55,16 @@ def complete(engine: Engine, data: PreparedData, config: Config) -> str:
             given = tokens[-config.train.sequence_length :]
             padding = [0] * max(0, shortest - len(given))  # behind what is asked for, which it does not change
             context = torch.tensor([given + padding], device=engine.device)
-            logits: Tensor = engine.module(context)[0, len(given) - 1].float().cpu()
+            logits = last_logits(engine, context, len(given) - 1, data.tokenizer.vocab_size)
             tokens.append(int(torch.multinomial((logits / TEMPERATURE).softmax(0), 1, generator=generator)))
     return data.tokenizer.decode(tokens[length:])
+
+
+def last_logits(engine: Engine, tokens: Tensor, place: int, vocab_size: int) -> Tensor:
+    """What the model says of the token after `place`: fp32 (V,), on the host, the same on every rank."""
+    outputs = engine.infer([{"input_ids": tokens}])
+    row = outputs[0][0, place].float() if outputs else torch.zeros(vocab_size, device=engine.device)
+    return (row if engine.pipeline is None else engine.pipeline.from_last(row.contiguous(), "logits")).cpu()
 
 
 def report(
@@ -68,11 +73,15 @@ def report(
     """Evaluate, sample, draw, and print what a person wants to know at the end."""
     quality = bits_per_byte(engine, data, config)
     sample = complete(engine, data, config)
+    timeline = None if engine.pipeline is None else engine.pipeline.timeline()
     if not chief:
         return
     records = read_metrics(folder / "metrics.jsonl") or [{"step": engine.global_steps, "tokens": 0}]
     records[-1]["validation_bits_per_byte"] = quality
     baselines = compressed_bits_per_byte(data.held_out_text())
+    files = {"run folder": str(folder), "metrics": str(folder / "metrics.jsonl")}
+    if timeline is not None and engine.pipeline is not None:
+        files |= save_timeline(engine.pipeline.schedule, timeline, folder)
     figure = draw_loss_curve(records, folder / "loss.png", title=str(folder), baselines=baselines)
     summary = RunSummary(
         bits_per_byte=quality,
@@ -88,19 +97,26 @@ def report(
         memory_bytes=engine.memory_bytes(),
         comm_bytes=records[-1].get("comm_bytes", {}),
         sample=(PROMPT, sample),
-        files={"run folder": str(folder), "loss curve": str(figure), "metrics": str(folder / "metrics.jsonl")},
+        files={**files, "loss curve": str(figure)},
         next_steps=next_steps(config),
     )
     write_atomically(folder / "summary.json", json.dumps(asdict(summary), indent=1))
     print_summary(summary)
 
 
+def save_timeline(schedule: Schedule, timeline: Timeline, folder: Path) -> dict[str, str]:
+    """Write the last step's timeline, and a picture of it below the plan; returns the files by what they are."""
+    measured.write(folder / "pipeline.json", schedule, timeline)
+    save(folder / "pipeline.svg", measured.planned(schedule, timeline), timeline)
+    return {"pipeline": str(folder / "pipeline.svg")}
+
+
 def layout_in_words(engine: Engine) -> str:
     """`4 processes (dp 2 x tp 2), ZeRO stage 3, bf16`."""
     parallel = engine.settings.parallel
-    sizes = {"dp": engine.dp_size, "tp": parallel.tp, "cp": parallel.cp}
+    sizes = {"pp": parallel.pp, "dp": engine.dp_size, "tp": parallel.tp, "cp": parallel.cp}
     degrees = [f"{name} {size}" for name, size in sizes.items() if size > 1]
-    axes = f" ({' x '.join(degrees)})" if parallel.tp * parallel.cp > 1 else ""
+    axes = f" ({' x '.join(degrees)})" if parallel.pp * parallel.tp * parallel.cp > 1 else ""
     return f"{engine.world_size} processes{axes}, ZeRO stage {engine.settings.zero.stage}, {engine.settings.precision}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def load_state(
 
     everyone(state.world, state.runtime.device, check)
     manifest = read_manifest(path)
-    reader = SliceReader(path, [file for file in manifest["files"] if file["tp"] == state.tp_rank])
+    reader = SliceReader(path, state.files_of_part(manifest["files"]))
     everyone(state.world, state.runtime.device, lambda: read_values(state, reader, optimizer=optimizer))
     if optimizer:
         state.optimizer.scaler.load_state_dict(manifest["scaler"])
@@ -57,14 +58,13 @@ def find_checkpoint(folder: Path, tag: str | None) -> Path | None:
 
 def check_fit(state: TrainingState, path: Path, manifest: dict[str, Any], *, optimizer: bool) -> None:
     """Raise CheckpointError when the checkpoint is incomplete, or of another layout, model or optimizer."""
-    if manifest["layout"] != state.layout:
-        saved, here = (
-            " x ".join(f"{axis} {size}" for axis, size in of.items()) for of in (manifest["layout"], state.layout)
-        )
+    layout = state.layout
+    if {"pp": 1, **manifest["layout"]} != layout:
+        saved, here = (" x ".join(f"{axis} {size}" for axis, size in of.items()) for of in (manifest["layout"], layout))
         raise CheckpointError(
             f"{path} was saved by {saved} ranks, this run has {here}; this version resumes in the same layout only"
         )
-    expected = {file_name(dp, tp) for dp in range(state.layout["dp"]) for tp in range(state.layout["tp"])}
+    expected = {file_name(dp, tp, pp) for pp, dp, tp in product(*(range(layout[axis]) for axis in ("pp", "dp", "tp")))}
     if {file["file"] for file in manifest["files"]} != expected:
         raise CheckpointError(f"{path / MANIFEST} does not name the files {', '.join(sorted(expected))}")
     check_complete(manifest["files"])
@@ -74,7 +74,7 @@ def check_fit(state: TrainingState, path: Path, manifest: dict[str, Any], *, opt
     groups = len(manifest["param_groups"]), len(state.optimizer.param_groups)
     if optimizer and groups[0] != groups[1]:
         raise CheckpointError(f"{path} has {groups[0]} param groups, this run has {groups[1]}")
-    files = [file for file in manifest["files"] if file["tp"] == state.tp_rank]
+    files = state.files_of_part(manifest["files"])
     held = {e["name"]: tuple(e["shape"]) for file in files for e in file["entries"]}
     wanted = {
         name: tuple(parameter.shape)
@@ -82,7 +82,7 @@ def check_fit(state: TrainingState, path: Path, manifest: dict[str, Any], *, opt
         for name, parameter in zip(group.names, group.parameters, strict=True)
     }
     check_same_shapes(path, "parameter", held, wanted)
-    buffers = {name: tuple(shape) for name, shape in manifest["buffers"].items()}
+    buffers = {name: tuple(shape) for name, shape in manifest.get("buffers", files[0].get("buffers", {})).items()}
     check_same_shapes(path, "buffer", buffers, {n: tuple(b.shape) for n, b in state.module.named_buffers()})
 
 
@@ -150,7 +150,7 @@ def read_values(state: TrainingState, reader: SliceReader, *, optimizer: bool) -
         reader.fill(whole, "master", name, 0)
         group.load(index, whole)
     for name, buffer in state.module.named_buffers():
-        buffer.copy_(reader.tensor(file_name(0, state.tp_rank), f"buffer/{name}"))
+        buffer.copy_(reader.tensor(file_name(0, state.tp_rank, state.pp_rank), f"buffer/{name}"))
     torch.set_rng_state(reader.tensor(state.file_name, "rng/cpu"))
     if state.runtime.device.type == "cuda":
         torch.cuda.set_rng_state(reader.tensor(state.file_name, "rng/cuda"), state.runtime.device)

@@ -49,6 +49,8 @@ def save_state(state: TrainingState, folder: Path, tag: str, client_state: dict[
         return {
             **facts_of(path),
             "tp": state.tp_rank,
+            "pp": state.pp_rank,
+            "buffers": {name: list(buffer.shape) for name, buffer in state.module.named_buffers()},
             "entries": entries,
             "optimizer_scalars": optimizer_scalars(state),
         }
@@ -79,7 +81,6 @@ def json_header(state: TrainingState, client_state: dict[str, Any]) -> dict[str,
         "scheduler": scheduler,
         "optimizer": type(state.optimizer.inner).__name__,
         "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups],
-        "buffers": {name: list(buffer.shape) for name, buffer in state.module.named_buffers()},
         "client_state": client_state,
     }
     for key, value in header.items():

@@ -6,7 +6,7 @@ buffers and their padding never reach the disk. There is no pickle on any path.
 
     master/…   fp32 (or wider) weights; frozen parameters too, in their own dtype
     <key>/…    the optimizer's state tensors under their own key (exp_avg, momentum_buffer, …)
-    buffer/…   the model's buffers, whole, in each file of dp rank 0
+    buffer/…   the buffers of the rank's part of the model, whole, in each file of dp rank 0
     rng/…      each rank's random state
 
 The manifest says of every tensor in a file which elements of which parameter it holds, and that parameter's shape.
@@ -50,14 +50,23 @@ class TrainingState:
         return self.runtime.tensor.comm.rank if self.runtime.tensor is not None else 0
 
     @property
+    def pp_rank(self) -> int:
+        return self.runtime.pipeline.comm.rank if self.runtime.pipeline is not None else 0
+
+    @property
     def layout(self) -> dict[str, int]:
         """The degrees that a checkpoint of this version is bound to."""
-        return {"dp": self.comm.size, "tp": self.world.size // self.comm.size}
+        pp = self.runtime.pipeline.comm.size if self.runtime.pipeline is not None else 1
+        return {"pp": pp, "dp": self.comm.size, "tp": self.world.size // self.comm.size // pp}
 
     @property
     def file_name(self) -> str:
         """This rank's file."""
-        return file_name(self.comm.rank, self.tp_rank)
+        return file_name(self.comm.rank, self.tp_rank, self.pp_rank)
+
+    def files_of_part(self, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of a manifest's files that hold shards of the same part of the model as this rank's."""
+        return [file for file in files if (file["tp"], file.get("pp", 0)) == (self.tp_rank, self.pp_rank)]
 
     def slices(self) -> Iterator[tuple[nn.Parameter, str, tuple[int, ...], int, Span]]:
         """(slice, parameter's name and shape, rank whose shard it is, span) of what this rank's optimizer updates."""
@@ -73,19 +82,23 @@ class TrainingState:
                     yield name, group, index, parameter
 
 
-def file_name(dp_rank: int, tp_rank: int) -> str:
+def file_name(dp_rank: int, tp_rank: int, pp_rank: int = 0) -> str:
     """The file of one rank's shards."""
-    return f"dp{dp_rank:05d}-tp{tp_rank:03d}.safetensors"
+    stage = f"pp{pp_rank:03d}-" if pp_rank else ""
+    return f"{stage}dp{dp_rank:05d}-tp{tp_rank:03d}.safetensors"
 
 
 def check_complete(files: list[dict[str, Any]]) -> None:
     """Raise CheckpointError unless the files hold every element of every tensor that they hold a part of, once."""
-    for tp_rank in sorted({file["tp"] for file in files}):
-        check_parts([file for file in files if file["tp"] == tp_rank])
+    parts: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for file in files:
+        parts.setdefault((file.get("pp", 0), file["tp"]), []).append(file)
+    for _, of_part in sorted(parts.items()):
+        check_parts(of_part)
 
 
 def check_parts(files: list[dict[str, Any]]) -> None:
-    """`check_complete` for the files of one tensor-parallel rank, whose parameters are its own parts."""
+    """`check_complete` for the files of one stage and tensor-parallel rank, whose parameters are its own parts."""
     parts: dict[tuple[str, str], list[tuple[int, int]]] = {}
     shapes: dict[str, list[int]] = {}
     for file in files:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minizero.checkpoint.files import SAFE_NAME, CheckpointError
 from minizero.checkpoint.state import everyone
 from minizero.dist.collectives import Communicator
+from minizero.dist.links import Links
 from minizero.dist.sharding import TensorShard
 from minizero.zero.runtime import ZeroRuntime
 
@@ -34,21 +35,44 @@ SHOWN = 3  # names in an error message
 def save_weights(runtime: ZeroRuntime, module: nn.Module, path: Path) -> None:
     """Write every parameter (tied ones once) and persistent buffer of `module` to `path` from rank 0; collective.
 
-    Units are gathered one at a time; only rank 0 keeps what passes.
+    Units are gathered one at a time; only the first rank of each pipeline stage keeps what passes, and sends it to
+    rank 0.
     """
-    writes = torch.distributed.get_rank() == 0
+    keeps = runtime.comm.rank == 0 and (runtime.tensor is None or runtime.tensor.comm.rank == 0)
     tensors: dict[str, torch.Tensor] = {}
     for name, value in runtime.whole_parameters():
-        if writes:
+        if keeps:
             tensors[name] = value.to("cpu", copy=True).contiguous()
-    if not writes:
-        return
     persistent = persistent_buffers(module)
-    tensors.update({name: b.detach().cpu().contiguous() for name, b in module.named_buffers() if name in persistent})
+    tensors |= {
+        name: b.detach().cpu().contiguous() for name, b in module.named_buffers() if keeps and name in persistent
+    }
+    if runtime.pipeline is not None and keeps:
+        tensors = from_all_stages(tensors, runtime.pipeline.comm, runtime.device)
+    if torch.distributed.get_rank() != 0:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(path)
+
+
+def from_all_stages(tensors: dict[str, Tensor], comm: Communicator, device: torch.device) -> dict[str, Tensor]:
+    """On the first stage the tensors of all, those that several have once; collective over the pipeline axis."""
+    links = Links(comm, device)
+    names = [json.loads(row) for row in comm.gather_bytes(json.dumps([*tensors]).encode(), "names of tensors", device)]
+    if comm.rank > 0:
+        for name in names[comm.rank]:
+            links.send(0, [tensors[name]], name)
+        links.arrived(0, leave=0)
+        return {}
+    found = dict(tensors)
+    for stage, of_stage in enumerate(names[1:], start=1):
+        for name in of_stage:
+            ((value, _),) = links.receive(stage, name).tensors()
+            assert value is not None
+            found.setdefault(name, value.cpu())
+    return found
 
 
 def persistent_buffers(module: nn.Module) -> set[str]:
@@ -158,7 +182,8 @@ def load_weights(runtime: ZeroRuntime, module: nn.Module, path: Path, world: Com
     changed, when a name is missing or unknown or has another shape, or tied parameters differ.
     """
     names = tied_names(module)
-    everyone(world, runtime.device, lambda: check_weights(WeightFiles(path), runtime, module, names))
+    elsewhere = names_elsewhere(runtime, module, names)
+    everyone(world, runtime.device, lambda: check_weights(WeightFiles(path), runtime, module, names, elsewhere))
     runtime.unwind()
     runtime.comm.settle()  # peers may still read the shards that change now
     everyone(world, runtime.device, lambda: fill(WeightFiles(path), runtime, module, names))
@@ -172,6 +197,15 @@ def tied_names(module: nn.Module) -> dict[nn.Parameter, list[str]]:
     return names
 
 
+def names_elsewhere(runtime: ZeroRuntime, module: nn.Module, names: dict[nn.Parameter, list[str]]) -> set[str]:
+    """Names of what other pipeline stages hold; collective."""
+    if runtime.pipeline is None:
+        return set()
+    own = [*(name for found in names.values() for name in found), *(name for name, _ in module.named_buffers())]
+    rows = runtime.pipeline.comm.gather_bytes(json.dumps(own).encode(), "names of tensors", runtime.device)
+    return {name for row in rows for name in json.loads(row)}
+
+
 def shard_of(runtime: ZeroRuntime, parameter: nn.Parameter) -> TensorShard:
     """What tensor parallelism leaves to this rank of `parameter`."""
     if runtime.tensor is not None:
@@ -180,14 +214,18 @@ def shard_of(runtime: ZeroRuntime, parameter: nn.Parameter) -> TensorShard:
 
 
 def check_weights(
-    files: WeightFiles, runtime: ZeroRuntime, module: nn.Module, names: dict[nn.Parameter, list[str]]
+    files: WeightFiles,
+    runtime: ZeroRuntime,
+    module: nn.Module,
+    names: dict[nn.Parameter, list[str]],
+    elsewhere: set[str],
 ) -> None:
     """Raise CheckpointError unless the files hold exactly the model's state, in its shapes."""
     buffers = {name: tuple(buffer.shape) for name, buffer in module.named_buffers()}
     wanted = {name: shard_of(runtime, parameter).shape for parameter, found in names.items() for name in found}
     missing = [" or ".join(found) for found in names.values() if not files.shapes.keys() & set(found)]
     missing += sorted(persistent_buffers(module) & buffers.keys() - files.shapes.keys())
-    unknown = sorted(files.shapes.keys() - wanted.keys() - buffers.keys())
+    unknown = sorted(files.shapes.keys() - wanted.keys() - buffers.keys() - elsewhere)
     wanted |= {name: buffers[name] for name in persistent_buffers(module) if name in buffers}
     problems = []
     if missing:
