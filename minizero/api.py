@@ -235,7 +235,7 @@ def make_optimizer(optimizer: Any, model: nn.Module, model_parameters: Any, sett
         return optimizer
     parameters = (
         list(model_parameters) if model_parameters is not None else [p for p in model.parameters() if p.requires_grad]
-    )
+    ) or [{"params": []}]  # a pipeline stage without a trainable parameter
     if callable(optimizer):
         return optimizer(parameters)
     return build_optimizer(settings.optimizer, parameters)

@@ -242,6 +242,8 @@ class ShiftedVocabParallelLoss:
     Takes the place of a model's `loss_function`; arguments are named as there. What that ignores, this does too.
     """
 
+    __name__ = "ForCausalLMLoss"  # by which `parallel.foreign` knows that a model computes this loss
+
     def __init__(self, comm: Communicator, shard: TensorShard) -> None:
         self.comm, self.shard = comm, shard
 

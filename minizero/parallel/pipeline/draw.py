@@ -122,7 +122,7 @@ def png(path: str | Path, *timelines: Timeline) -> None:
         axes.set_title(caption(timeline), loc="left", fontsize=10)
         axes.set_yticks(range(len(timeline.events)), [f"rank {rank}" for rank in range(len(timeline.events))])
         axes.invert_yaxis()
-        axes.set_xlim(left=0)
+    panels[-1].set_xlim(0, max((timeline.makespan for timeline in timelines), default=1.0))
     panels[-1].set_xlabel("time")
     handles = [Patch(color=COLORS[kind], label=NAMES[kind]) for kind in _kinds(timelines)]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)

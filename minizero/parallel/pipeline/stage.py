@@ -146,16 +146,14 @@ class StagedModel:
         held = [set(piece.parent._modules[piece.key].parameters()) for piece in self.pieces]  # type: ignore[union-attr]
         kept = set(own)
         for parameter, ranks in self.ties.items():
-            if self.rank not in ranks:
-                continue
-            first = next(place for place, parameters in enumerate(held) if parameter in parameters)
-            if first not in own and len(held[first]) > 1:
-                user = next(self.pieces[place].name for place in own if parameter in held[place])
+            first, *others = (place for place, parameters in enumerate(held) if parameter in parameters)
+            if len(held[first]) > 1:
                 raise ValueError(
-                    f"parallel.pp: {user} shares a parameter with {self.pieces[first].name} on another stage, which "
-                    "has others too; legal: shared embeddings, or layers that share on one stage"
+                    f"parallel.pp: {self.pieces[others[-1]].name} shares a parameter with {self.pieces[first].name} on "
+                    "another stage, which has others too; legal: shared embeddings, or layers that share on one stage"
                 )
-            kept.add(first)
+            if self.rank in ranks:
+                kept.add(first)
         return kept
 
     # ---- running ----
