@@ -19,6 +19,8 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,6 +44,7 @@ DTYPES = (
     torch.bool,
 )
 NOTHING = -1  # the dtype of a None
+PATIENCE = 1.0  # seconds that a message of failure may take
 TAGS = 3 << 22  # above those of `transport.Call`; gloo's own begin at 2**24
 NUMBERS = 1 << 20
 
@@ -91,9 +94,15 @@ class Links:
         self._send(target, label_of(tensors), [t for t in tensors if t is not None], what)
 
     def fail(self, target: int, message: str) -> None:
-        """Tell rank `target` that its next list will not come, and why; nothing is raised when it cannot be told."""
+        """Tell rank `target` that its next list will not come, and why; nothing is raised when it cannot be told.
+
+        Waits a moment for it: a process that ends at once takes its message with it.
+        """
         with suppress(RuntimeError):
             self._send(target, failure_label(message), [], "an error")
+            requests: list[Any] = self._peers[target].pending[-1].work.requests
+            for request in requests:
+                request.wait(timedelta(seconds=PATIENCE))
 
     def arrived(self, target: int, leave: int) -> None:
         """All lists sent to `target` but the last `leave` are known to be there: let go of them."""
