@@ -117,7 +117,7 @@ def test_a_save_that_fails_on_one_rank_leaves_the_previous_one(tmp_path):
 
 def test_another_layout_is_refused(tmp_path):
     run_distributed(save_twice, 2, str(tmp_path))
-    with pytest.raises(DistributedError, match="saved by dp 2 x tp 1 ranks, this run has dp 4 x tp 1"):
+    with pytest.raises(DistributedError, match="saved by pp 1 x dp 2 x tp 1 ranks, this run has pp 1 x dp 4 x tp 1"):
         run_distributed(load_only, 4, str(tmp_path))
 
 
