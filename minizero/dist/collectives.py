@@ -40,7 +40,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from minizero.dist.ledger import CommLedger
 from minizero.dist.mesh import DEFAULT_TIMEOUT, group_along
-from minizero.dist.neighbour import choose_transport
+from minizero.dist.neighbour import NeighbourMemory, choose_transport
 from minizero.dist.positions import where_everyone_is
 from minizero.dist.sharding import FlatLayout, split_sizes
 from minizero.dist.transport import OPERATIONS, Call, Waitable
@@ -135,6 +135,23 @@ class Communicator:
         return Communicator(
             self._mesh, axis, self.ledger, check=self.check, transport=self._wanted, timeout=self._timeout
         )
+
+    def more_boards(self, operations: int) -> NeighbourMemory | None:
+        """Memory of the axis' ranks for other calls, of `operations` kinds; None where slices travel as messages.
+
+        Collective over the axis.
+        """
+        if not isinstance(self.transport, NeighbourMemory):
+            return None
+        made = choose_transport(
+            self.group,
+            "memory",
+            lambda row: self.gather_bytes(row, "transport", torch.device("cpu")),
+            self._timeout,
+            operations,
+        )
+        assert isinstance(made, NeighbourMemory)
+        return made
 
     # ---- whole buffers and shards ----
 

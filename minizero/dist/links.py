@@ -5,9 +5,10 @@ there are, and dtype, shape and whether a gradient is wanted of each; so stages 
 shapes that change from one microbatch to the next. A list can also be an **error**: a rank that fails tells those who
 wait for it, and they raise at once instead of after the timeout.
 
-Both directions between two ranks are separate sequences: the n-th list sent is the n-th received, whatever its tag. On
-gloo everything is in the background. On nccl, where a send waits for its receive and what two ranks exchange is in one
-order, lists must be posted in an order that is free of deadlock, and a label is waited for when it is posted.
+Both directions between two ranks are separate sequences: the n-th list sent is the n-th received. On one host they are
+read from the neighbour's memory (`neighbour.py`), elsewhere on gloo they are messages in the background. On nccl, where
+a send waits for its receive and what two ranks exchange is in one order, lists must be posted in an order that is free
+of deadlock, and a label is waited for when it is posted.
 
 Glossary:
     label   [LABEL_WORDS] int64: kind, number of tensors; of each: dtype, wants gradient, dims, shape
@@ -20,13 +21,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from minizero.dist.collectives import CollectiveError, Communicator, Work
+from minizero.dist.neighbour import NeighbourLinks
 from minizero.dist.transport import Waitable
 
 LABEL_WORDS = 128
@@ -49,6 +51,69 @@ TAGS = 3 << 22  # above those of `transport.Call`; gloo's own begin at 2**24
 NUMBERS = 1 << 20
 
 
+class Way(Protocol):
+    """How lists travel; the first piece of each is its label."""
+
+    def send(self, target: int, number: int, pieces: Sequence[Tensor]) -> list[Waitable]:
+        """Start giving list `number` of this link to rank `target`; what is returned waits until it is there."""
+        ...
+
+    def receive(self, source: int, number: int, label: Tensor) -> Incoming:
+        """Start getting list `number` of the link from rank `source`; its label goes into `label`."""
+        ...
+
+
+class Incoming(Protocol):
+    """A list that is coming: waited for, its label is there; then `fill` starts getting the rest."""
+
+    def wait(self) -> object: ...
+
+    def fill(self, tensors: Sequence[Tensor]) -> list[Waitable]: ...
+
+
+class LinkMessages:
+    """Every piece is a message of torch's backend."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.ranks = group, dist.get_process_group_ranks(group)
+
+    def send(self, target: int, number: int, pieces: Sequence[Tensor]) -> list[Waitable]:
+        """See `Way.send`."""
+        tags = [tag_of(number), *[tag_of(number) + 1] * (len(pieces) - 1)]
+        requests = [
+            dist.isend(piece, self.ranks[target], group=self.group, tag=tag)
+            for piece, tag in zip(pieces, tags, strict=True)
+        ]
+        return [request for request in requests if request is not None]
+
+    def receive(self, source: int, number: int, label: Tensor) -> IncomingMessages:
+        """See `Way.receive`."""
+        return IncomingMessages(self, source, number, self.get(source, label, tag_of(number)))
+
+    def get(self, source: int, target: Tensor, tag: int) -> Waitable:
+        """Start receiving one message."""
+        request = dist.irecv(target, self.ranks[source], group=self.group, tag=tag)
+        assert request is not None
+        return request
+
+
+@dataclass
+class IncomingMessages:
+    """See `Incoming`."""
+
+    way: LinkMessages
+    source: int
+    number: int
+    label: Waitable
+
+    def wait(self) -> None:
+        self.label.wait()
+
+    def fill(self, tensors: Sequence[Tensor]) -> list[Waitable]:
+        """See `Incoming`."""
+        return [self.way.get(self.source, tensor, tag_of(self.number) + 1) for tensor in tensors]
+
+
 @dataclass
 class Sent:
     """A list on its way, kept alive until the receiver has it."""
@@ -58,7 +123,7 @@ class Sent:
 
 
 @dataclass
-class Sequences:
+class Passed:
     """What has passed between this rank and one peer.
 
     Attributes:
@@ -71,7 +136,7 @@ class Sequences:
 
 
 class Links:
-    """The links of this rank along the axis of `comm`.
+    """The links of this rank along the axis of `comm`; collective over it.
 
     Args:
         device: of the tensors.
@@ -79,10 +144,13 @@ class Links:
 
     def __init__(self, comm: Communicator, device: torch.device) -> None:
         self.comm, self.device = comm, device
-        self.group, self.ranks = comm.group, dist.get_process_group_ranks(comm.group)
         self.over_host = dist.get_backend(comm.group) == "gloo"
         self.wire_device = torch.device("cpu") if self.over_host else device
-        self._peers = {peer: Sequences() for peer in range(comm.size)}
+        self.way: Way = LinkMessages(comm.group)
+        memory = comm.more_boards(comm.size)
+        if memory is not None:
+            self.way = NeighbourLinks(memory)
+        self._peers = {peer: Passed() for peer in range(comm.size)}
 
     # ---- sending ----
 
@@ -114,31 +182,25 @@ class Links:
         peer = self._peers[target]
         wire = [tensor.detach().to(self.wire_device).contiguous() for tensor in tensors]
         work = self.comm.sending(target, what, sum(tensor.nbytes for tensor in wire), label.nbytes)
-        tag = tag_of(peer.sent)
-        peer.sent += 1
-        pieces = [(label.to(self.wire_device), tag), *((tensor.view(-1), tag + 1) for tensor in wire if tensor.numel())]
-        for piece, piece_tag in pieces:
-            work.requests.append(self._request(dist.isend(piece, self.ranks[target], group=self.group, tag=piece_tag)))
-        peer.pending.append(Sent(work, [piece for piece, _ in pieces]))
+        pieces = [label.to(self.wire_device), *(tensor.view(-1) for tensor in wire if tensor.numel())]
+        number, peer.sent = peer.sent, peer.sent + 1
+        work.requests = self.way.send(target, number, pieces)
+        peer.pending.append(Sent(work, pieces))
 
     # ---- receiving ----
 
     def receive(self, source: int, what: str) -> Arrival:
         """Start receiving the next list from rank `source` of the axis."""
         peer = self._peers[source]
-        tag = tag_of(peer.received)
-        peer.received += 1
+        number, peer.received = peer.received, peer.received + 1
         label = torch.empty(LABEL_WORDS, dtype=torch.int64, device=self.wire_device)
+        incoming = self.way.receive(source, number, label)
         work = self.comm.receiving(source, what)
-        work.requests = [self._request(dist.irecv(label, self.ranks[source], group=self.group, tag=tag))]
-        arrival = Arrival(self, source, what, tag, label, work)
+        work.requests = [incoming]
+        arrival = Arrival(self, source, label, incoming, work)
         if not self.over_host:
             arrival.open()
         return arrival
-
-    def _request(self, request: Waitable | None) -> Waitable:
-        assert request is not None
-        return request
 
 
 @dataclass
@@ -147,25 +209,24 @@ class Arrival:
 
     links: Links
     source: int
-    what: str
-    tag: int
     label: Tensor
+    incoming: Incoming
     work: Work
-    _opened: list[tuple[Tensor | None, bool]] | None = None
+    _made: list[tuple[Tensor | None, bool]] | None = None
 
     def open(self) -> None:
         """Wait for the label, and start receiving what it announces."""
-        if self._opened is not None:
+        if self._made is not None:
             return
         self.work.wait()
-        links = self.links
         if self.label[0].item() == FAILURE:
+            with suppress(RuntimeError):  # the sender may be gone
+                for last in self.incoming.fill([]):
+                    last.wait()
             raise CollectiveError(message_in(self.label))
-        self._opened = made = empty_for(self.label.tolist(), links.wire_device)
-        for tensor, _ in made:
-            if tensor is not None and tensor.numel():
-                request = dist.irecv(tensor.view(-1), links.ranks[self.source], group=links.group, tag=self.tag + 1)
-                self.work.requests.append(links._request(request))
+        self._made = made = empty_for(self.label.tolist(), self.links.wire_device)
+        whole = [tensor.view(-1) for tensor, _ in made if tensor is not None and tensor.numel()]
+        self.work.requests = self.incoming.fill(whole)
 
     def tensors(self) -> list[tuple[Tensor | None, bool]]:
         """(tensor or None, whether its gradient is wanted) of each.
@@ -174,8 +235,8 @@ class Arrival:
         """
         self.open()
         self.work.wait()
-        assert self._opened is not None
-        return [(None if t is None else t.to(self.links.device), wants) for t, wants in self._opened]
+        assert self._made is not None
+        return [(None if t is None else t.to(self.links.device), wants) for t, wants in self._made]
 
 
 def tag_of(number: int) -> int:

@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minizero.dist.transport import OPERATIONS, Call, Exchange, Messages
+from minizero.dist.transport import OPERATIONS, Call, Exchange, Messages, Waitable
 
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)  # <linux/prctl.h>
 LARGEST_COPY = 1 << 30  # bytes; the kernel cuts a single copy off at 2 GiB
@@ -56,31 +57,32 @@ class Places:
     pid: int
     board: int
     world: int
+    operations: int = len(OPERATIONS)
 
     @staticmethod
-    def sizes(world: int) -> list[int]:
+    def sizes(world: int, operations: int) -> list[int]:
         """Words of secret, offers and marks."""
-        return [2, 4 * len(OPERATIONS) * CALLS, world * len(OPERATIONS) * CALLS]
+        return [2, 4 * operations * CALLS, world * operations * CALLS]
 
     def offer(self, call: Call) -> int:
         return self.board + WORD * (2 + 4 * (call.operation * CALLS + call.number % CALLS))
 
     def mark(self, call: Call, reader: int) -> int:
         column = call.operation * CALLS + call.number % CALLS
-        return self.board + WORD * (sum(self.sizes(self.world)[:2]) + column * self.world + reader)
+        return self.board + WORD * (sum(self.sizes(self.world, self.operations)[:2]) + column * self.world + reader)
 
 
 class Board:
     """What this rank shows its peers, and what they mark on it."""
 
-    def __init__(self, world: int) -> None:
-        sizes = Places.sizes(world)
+    def __init__(self, world: int, operations: int = len(OPERATIONS)) -> None:
+        sizes = Places.sizes(world, operations)
         self.memory = torch.zeros(sum(sizes), dtype=torch.int64)
         secret, offers, marks = self.memory.split(sizes)
         secret.copy_(torch.frombuffer(bytearray(secrets.token_bytes(2 * WORD)), dtype=torch.int64))
         self.secret = bytes(secret.numpy().tobytes())
-        self.offers = offers.view(len(OPERATIONS), CALLS, 4)
-        self.marks = marks.view(len(OPERATIONS), CALLS, world)
+        self.offers = offers.view(operations, CALLS, 4)
+        self.marks = marks.view(operations, CALLS, world)
 
     def offer(self, call: Call, table: Tensor) -> None:
         """Show where the pieces of `call` lie. What readers wait for is written last: x86-64 keeps stores in order."""
@@ -112,19 +114,25 @@ class NeighbourMemory:
     def exchange(
         self, outgoing: Mapping[int, Sequence[Tensor]], incoming: Mapping[int, Sequence[Tensor]], call: Call
     ) -> Exchange:
+        lending = self.lend(outgoing, call)
+        arrivals = [Reading(self, call, peer, pieces) for peer, pieces in incoming.items()]
+        return Exchange([*arrivals], [lending])
+
+    def lend(self, outgoing: Mapping[int, Sequence[Tensor]], call: Call) -> Lending:
+        """Show peers where what `call` gives them lies; the returned waits until they have read it."""
         column = call.operation, call.number % CALLS
         if column in self._lent:
             self._lent.pop(column).wait()
         rows = [(peer, piece.data_ptr(), piece.nbytes) for peer, pieces in outgoing.items() for piece in pieces]
         table = torch.tensor(rows, dtype=torch.int64).view(-1, 3)
-        self._lent[column] = Lending(self, call, list(outgoing), (table, outgoing))
+        self._lent[column] = lending = Lending(self, call, list(outgoing), (table, outgoing))
         self.board.offer(call, table)
-        arrivals = [Reading(self, call, peer, pieces) for peer, pieces in incoming.items()]
-        return Exchange([*arrivals], [self._lent[column]])
+        return lending
 
-    def wait_until(self, there: Callable[[], bool], peer: int, doing: str) -> None:
+    def wait_until(self, there: Callable[[], bool], peer: int, doing: str, timeout: timedelta | None = None) -> None:
         """Return when `there()`. Raises RuntimeError when `peer` is gone, or takes longer than the timeout."""
-        deadline, looks, pause = time.monotonic() + self.timeout, 0, PAUSES[0]
+        limit = self.timeout if timeout is None else timeout.total_seconds()
+        deadline, looks, pause = time.monotonic() + limit, 0, PAUSES[0]
         while not there():
             looks += 1
             if looks < LOOKS:
@@ -132,7 +140,7 @@ class NeighbourMemory:
                 continue
             self.read(peer, self.peers[peer].board, torch.empty(1, dtype=torch.int64))
             if time.monotonic() > deadline:
-                raise RuntimeError(f"rank {peer} did not {doing} within {self.timeout:g} s")
+                raise RuntimeError(f"rank {peer} did not {doing} within {limit:g} s")
             time.sleep(pause)
             pause = min(2 * pause, PAUSES[1])
 
@@ -165,6 +173,16 @@ class Reading:
     targets: Sequence[Tensor]
 
     def wait(self) -> None:
+        transport, pieces = self.transport, self.pieces()
+        found, wanted = [nbytes for _, nbytes in pieces], [target.nbytes for target in self.targets]
+        if found != wanted:
+            raise RuntimeError(f"rank {self.peer} offers {found} bytes where {wanted} are expected")
+        for (start, _), target in zip(pieces, self.targets, strict=True):
+            transport.read(self.peer, start, target)
+        transport.mark(self.call, self.peer)
+
+    def pieces(self) -> list[tuple[int, int]]:
+        """(address, bytes) of what the peer gives this rank, once it does."""
         transport, call, place = self.transport, self.call, self.transport.peers[self.peer].offer(self.call)
         offer = torch.empty(4, dtype=torch.int64)
 
@@ -179,13 +197,7 @@ class Reading:
             raise RuntimeError(f"rank {self.peer} is in the same call of another unit than {call.unit}")
         table = torch.empty(rows, 3, dtype=torch.int64)
         transport.read(self.peer, address, table)
-        pieces = [(start, nbytes) for rank, start, nbytes in table.tolist() if rank == transport.rank]
-        found, wanted = [nbytes for _, nbytes in pieces], [target.nbytes for target in self.targets]
-        if found != wanted:
-            raise RuntimeError(f"rank {self.peer} offers {found} bytes where {wanted} are expected")
-        for (start, _), target in zip(pieces, self.targets, strict=True):
-            transport.read(self.peer, start, target)
-        transport.mark(call, self.peer)
+        return [(start, nbytes) for rank, start, nbytes in table.tolist() if rank == transport.rank]
 
 
 @dataclass
@@ -197,11 +209,60 @@ class Lending:
     readers: list[int]
     kept: object
 
-    def wait(self) -> None:
+    def wait(self, timeout: timedelta | None = None) -> None:
         board, call = self.transport.board, self.call
         for peer in self.readers:
-            self.transport.wait_until(partial(board.has_mark, call, peer), peer, "read what it was given")
+            self.transport.wait_until(partial(board.has_mark, call, peer), peer, "read what it was given", timeout)
         self.readers, self.kept = [], None
+
+
+# ---- lists of any size (`links.py`) ----
+
+
+class NeighbourLinks:
+    """Lists of pieces whose sizes the receiver learns from the first; each target has its own row of the board."""
+
+    def __init__(self, memory: NeighbourMemory) -> None:
+        self.memory = memory
+
+    def send(self, target: int, number: int, pieces: Sequence[Tensor]) -> list[Waitable]:
+        """Give list `number` to rank `target`."""
+        return [self.memory.lend({target: pieces}, Call(target, "", number))]
+
+    def receive(self, source: int, number: int, label: Tensor) -> Incoming:
+        """List `number` of rank `source`, whose first piece goes into `label`."""
+        return Incoming(Reading(self.memory, Call(self.memory.rank, "", number), source, [label]))
+
+
+class Incoming:
+    """A list that is coming: waited for, its label is there; then `fill` reads the rest."""
+
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        self._rest: list[tuple[int, int]] = []
+
+    def wait(self) -> None:
+        first, *self._rest = self._reading.pieces()
+        self._reading.transport.read(self._reading.peer, first[0], self._reading.targets[0])
+
+    def fill(self, tensors: Sequence[Tensor]) -> list[Waitable]:
+        """What reads the other pieces into `tensors`, and tells the sender so, when it is waited for."""
+        return [Filling(self._reading, [address for address, _ in self._rest], tensors)]
+
+
+@dataclass
+class Filling:
+    """The pieces behind a label, at `addresses` of the sender, copied into `targets` when they are waited for."""
+
+    reading: Reading
+    addresses: list[int]
+    targets: Sequence[Tensor]
+
+    def wait(self) -> None:
+        reading = self.reading
+        for address, target in zip(self.addresses, self.targets, strict=True):
+            reading.transport.read(reading.peer, address, target)
+        reading.transport.mark(reading.call, reading.peer)
 
 
 # ---- the system calls ----
@@ -243,7 +304,11 @@ if sys.platform.startswith("linux"):
 
 
 def choose_transport(
-    group: dist.ProcessGroup, wanted: str, everyone: Callable[[bytes], list[bytes]], timeout: float
+    group: dist.ProcessGroup,
+    wanted: str,
+    everyone: Callable[[bytes], list[bytes]],
+    timeout: float,
+    operations: int = len(OPERATIONS),
 ) -> Messages | NeighbourMemory:
     """The transport of a gloo group; collective.
 
@@ -251,19 +316,20 @@ def choose_transport(
         wanted: "messages", "memory", or "auto": memory where every rank can read every other.
         everyone: gathers each rank's bytes, in rank order.
         timeout: seconds that a peer may take to join a call.
+        operations: kinds of calls that are numbered apart.
 
     Raises ValueError (on every rank) when "memory" is wanted and some rank cannot read another.
     """
     if wanted == "messages":
         return Messages(group)
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    board = Board(world)
+    board = Board(world, operations)
     allow_neighbours()
     fields = (host_identity(), str(os.getpid()), str(board.memory.data_ptr()), board.secret.hex())
     hosts, pids, addresses, values = zip(
         *(row.decode().split("\n") for row in everyone("\n".join(fields).encode())), strict=True
     )
-    peers = [Places(int(pid), int(address), world) for pid, address in zip(pids, addresses, strict=True)]
+    peers = [Places(int(pid), int(address), world, operations) for pid, address in zip(pids, addresses, strict=True)]
     trouble = [obstacle(peer, hosts, peers[peer], bytes.fromhex(value)) for peer, value in enumerate(values)]
     first = next((reason for reason in trouble if reason), "")
     reasons = [reason.decode() for reason in everyone(first.encode()) if reason]
