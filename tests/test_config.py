@@ -113,7 +113,11 @@ def test_overrides_are_read_as_their_setting_s_type(override, key, value):
         ("[optimizer]\nlr = nan\nparams.eps = inf\n", ["optimizer.lr: found nan", "optimizer.params.eps: found inf"]),
         ("[optimizer.params]\nlr = 1.0\n", ["optimizer.params", "optimizer.lr"]),
         ("[dist]\nbackend = 'mpi'\n", ["dist.backend: found 'mpi'", "'gloo', 'nccl' or none"]),
-        ("[parallel]\npp = 2\n", ["parallel: pp = 2"]),
+        (
+            "[pipeline]\nmicrobatches = 2\n[train]\ngradient_accumulation_steps = 3\n",
+            ["pipeline.microbatches 2 and train.gradient_accumulation_steps 3 are the same"],
+        ),
+        ("[pipeline]\ngather = 'never'\n", ["pipeline.gather", "'step', 'microbatch'"]),
         ("[parallel]\nsequence = true\n", ["sequence = true needs tp > 1"]),
         ("[scheduler]\ntype = 'WarmupLR'\nparams.warmup_num_step = 3\n", ["params.warmup_num_step", "did you mean"]),
         ("[scheduler]\ntype = 'OneCycle'\n", ["scheduler", "cycle_min_lr", "required"]),

@@ -326,3 +326,5 @@ def test_settings_without_effect_are_said():
     config = settings(1, 2, loss_scale={"window": 5}, zero={"stage": 1, "prefetch": False})
     assert [line.split(" has")[0] for line in without_effect(config)] == ["loss_scale.window", "zero.prefetch"]
     assert not list(without_effect(settings(3, 2, precision="fp16", zero={"stage": 3, "prefetch": False})))
+    pipelined = settings(0, 2, pipeline={"schedule": "zbv", "microbatches": 1})
+    assert [line.split(" has")[0] for line in without_effect(pipelined)] == ["pipeline.schedule"]

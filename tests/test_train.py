@@ -88,7 +88,7 @@ def without_launcher(place: Path, world: int, *more: str) -> list[tuple[int, str
 
 LAYOUTS = sorted(path.stem for path in (ROOT / "launch" / "configs").glob("*.toml"))
 SHRUNK = (
-    "--model.hidden_size 32 --model.num_layers 2 --data.vocab_size 300 --data.validation_fraction 0.3 --train.steps 3 "
+    "--model.hidden_size 32 --model.num_layers 4 --data.vocab_size 300 --data.validation_fraction 0.3 --train.steps 3 "
     "--train.sequence_length 15 --train.eval_every 0 --checkpoint.every 0"
 ).split()
 
@@ -106,8 +106,11 @@ def run_layout(place: Path, layout: str, world: int, folder: str) -> list[float]
 def test_every_layouts_config_gives_the_quickstarts_losses(place, layout):
     if not (place / "reference").exists():
         run_layout(place, "quickstart", 1, "reference")
-    found = run_layout(place, layout, 8 if layout == "three_axes" else 2, layout)
-    assert len(LAYOUTS) == 10 and found == pytest.approx(losses(place / "reference"), rel=1e-5)
+    world = {"three_axes": 8, "pipeline_tensor": 4}.get(layout, 2)
+    found = run_layout(place, layout, world, layout)
+    has_timeline = (place / layout / "pipeline.json").is_file() and (place / layout / "pipeline.svg").is_file()
+    assert has_timeline == layout.startswith("pipeline")
+    assert len(LAYOUTS) == 13 and found == pytest.approx(losses(place / "reference"), rel=1e-5)
 
 
 def losses(folder: Path) -> list[float]:

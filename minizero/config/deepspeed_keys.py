@@ -266,10 +266,13 @@ OTHER: dict[str, Key | Block] = {
         }
     ),
     "pipeline": Block(
-        unused(
-            "stages partition seed_layers activation_checkpoint_interval pipe_partitioned grad_partitioned",
-            "it acts on a pipeline module only, which is not built yet",
-        )
+        {
+            **unused(
+                "stages partition seed_layers pipe_partitioned grad_partitioned",
+                "a PipelineModule says itself how it is cut, and each layer has a seed of its own",
+            ),
+            "activation_checkpoint_interval": refused(int, 'blocks are chosen by "minizero": {"recompute": ...}', 0),
+        }
     ),
     "tensor_parallel": Block(
         {

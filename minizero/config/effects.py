@@ -18,6 +18,11 @@ def without_effect(config: Config) -> Iterator[str]:
         (zero, "zero", "gather_16bit_weights_on_model_save", zero.stage < 3),
         (zero, "zero", "gradient_predivide_factor", zero.prescale_gradients),
         (config.model, "model", "rope_theta", config.model.family != "llama"),
+        *(
+            (config.pipeline, "pipeline", key, config.parallel.pp == 1)
+            for key in type(config.pipeline).model_fields
+            if key != "microbatches"
+        ),
         (config.recompute, "recompute", "partition_activations", config.parallel.tp == 1 or config.parallel.sequence),
         (config.log.tensorboard, "log.tensorboard", "dir", not config.log.tensorboard.enabled),
     ]
@@ -25,6 +30,7 @@ def without_effect(config: Config) -> Iterator[str]:
         "loss_scale": f"precision is {precision}, not fp16",
         "zero": f"stage is {zero.stage}",
         "model": f"family is {config.model.family}",
+        "pipeline": "parallel.pp is 1",
         "recompute": "inputs that differ on each rank are not partitioned (parallel.sequence)"
         if config.parallel.sequence
         else f"parallel.tp is {config.parallel.tp}",
