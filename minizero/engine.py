@@ -339,11 +339,12 @@ class Engine:
         self.module.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         try:
-            outputs = map(self._forward_batch, batches) if self.pipeline is None else self.pipeline.infer([*batches])
-            for output in outputs:
-                loss = loss_of(output)
-                value, count = loss if isinstance(loss, tuple) else (loss, torch.ones(()))
-                total += torch.stack([value.double().to(self.device), count.double().to(self.device)])
+            if self.pipeline is None:
+                sums = (loss_and_count(self._forward_batch(batch)) for batch in batches)
+            else:
+                sums = iter(self.pipeline.infer([*batches], loss_and_count))
+            for found in sums:
+                total += found.to(self.device)
         finally:
             self.module.train(was_training)
         with self.ledger.phase("eval"):
@@ -620,6 +621,13 @@ def checked(loss: Loss) -> tuple[Tensor, Any]:
             "backward needs a 0-d loss that depends on trainable parameters, or a pair (loss sum, token count)"
         )
     return value, tokens
+
+
+def loss_and_count(output: Any) -> Tensor:
+    """float64 [2]: the loss in a model's output, and the tokens behind it, or 1 for a mean."""
+    loss = loss_of(output)
+    value, count = loss if isinstance(loss, tuple) else (loss, torch.ones(()))
+    return torch.stack([value.detach().double(), count.double().to(value.device)])
 
 
 def loss_of(output: Any) -> Loss:

@@ -7,7 +7,7 @@ rank of the last virtual stage, and reach every rank with the step's one small e
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,9 +35,9 @@ class Pipelined:
         """Forward and backward of all microbatches of one step."""
         self.executor.train(batches)
 
-    def infer(self, batches: Sequence[Any]) -> list[Any]:
-        """The model's outputs on the rank of the last virtual stage; an empty list on the others."""
-        return self.executor.infer(batches)
+    def infer(self, batches: Sequence[Any], of_output: Callable[[Any], Any] = lambda output: output) -> list[Any]:
+        """`of_output` of the model's outputs on the rank of the last virtual stage; an empty list on the others."""
+        return self.executor.infer(batches, of_output)
 
     def from_last(self, tensor: Tensor, what: str) -> Tensor:
         """The value that `tensor` has on the rank of the last virtual stage, on every rank; its shape is the same."""

@@ -444,8 +444,8 @@ class Communicator:
     # ---- point to point (`links.py`) ----
 
     def sending(self, target: int, what: str, payload: int, extra: int) -> Work:
-        """A `Work` for messages to rank `target`, `payload` and `extra` bytes, entered into the ledger as a send."""
-        self.ledger.record(self.axis, "send", what, payload, payload + extra)
+        """A `Work` for messages to rank `target`, `payload` and `extra` bytes, entered into the ledger."""
+        self.ledger.record(self.axis, "send" if payload else "signal", what, payload, payload + extra)
         return self._work(f"rank {self.rank}: sending {what} to rank {target}")
 
     def receiving(self, source: int, what: str) -> Work:
@@ -454,7 +454,8 @@ class Communicator:
 
     def sum_among(self, ranks: Sequence[int], tensor: Tensor, unit: str) -> Tensor:
         """tensor {partial over some ranks of the axis} -> their sum, in rank order; called by those ranks alone."""
-        work = self._begin("all_reduce", unit, tensor, tensor.numel(), tensor.dtype, tensor.nbytes * (len(ranks) - 1))
+        self.ledger.record(self.axis, "all_reduce", unit, tensor.nbytes, tensor.nbytes * (len(ranks) - 1))
+        work = self._work(f"rank {self.rank}: all_reduce of {unit} among {list(ranks)} (axis {self.axis})")
         mine = tensor.contiguous()
         host = mine.cpu() if dist.get_backend(self.group) == "gloo" else mine
         parts = {rank: host if rank == self.rank else torch.empty_like(host) for rank in ranks}

@@ -32,7 +32,7 @@ from minizero.dist.neighbour import NeighbourLinks
 from minizero.dist.transport import Waitable
 
 LABEL_WORDS = 128
-TENSORS, FAILURE = 0, 1  # kinds of lists
+TENSORS, FAILURE, ALONE = 0, 1, 2  # kinds of lists; ALONE: one tensor that is not in a list
 DTYPES = (
     torch.float32,
     torch.bfloat16,
@@ -154,12 +154,18 @@ class Links:
 
     # ---- sending ----
 
-    def send(self, target: int, tensors: Sequence[Tensor | None], what: str) -> None:
-        """Start sending `tensors` to rank `target` of the axis; `what` says what they are, for the ledger and errors.
+    def send(self, target: int, given: Tensor | Sequence[Tensor | None], what: str) -> None:
+        """Start sending a tensor or a list to rank `target` of the axis; `what` is for the ledger and errors.
 
         They must stay as they are until `arrived` is told that they did. Raises ValueError for what cannot be sent.
         """
-        self._send(target, label_of(tensors), [t for t in tensors if t is not None], what)
+        tensors = [given] if isinstance(given, Tensor) else given
+        label = label_of(tensors, ALONE if isinstance(given, Tensor) else TENSORS)
+        self._send(target, label, [t for t in tensors if t is not None], what)
+
+    def acknowledge(self, target: int) -> None:
+        """Tell rank `target` that all it sent so far is here, with an empty list."""
+        self._send(target, label_of([], TENSORS), [], "acknowledgement")
 
     def fail(self, target: int, message: str) -> None:
         """Tell rank `target` that its next list will not come, and why; nothing is raised when it cannot be told.
@@ -181,7 +187,8 @@ class Links:
     def _send(self, target: int, label: Tensor, tensors: list[Tensor], what: str) -> None:
         peer = self._peers[target]
         wire = [tensor.detach().to(self.wire_device).contiguous() for tensor in tensors]
-        work = self.comm.sending(target, what, sum(tensor.nbytes for tensor in wire), label.nbytes)
+        payload = sum(tensor.nbytes for tensor in wire)
+        work = self.comm.sending(target, what, payload, label.nbytes)
         pieces = [label.to(self.wire_device), *(tensor.view(-1) for tensor in wire if tensor.numel())]
         number, peer.sent = peer.sent, peer.sent + 1
         work.requests = self.way.send(target, number, pieces)
@@ -238,6 +245,10 @@ class Arrival:
         assert self._made is not None
         return [(None if t is None else t.to(self.links.device), wants) for t, wants in self._made]
 
+    def is_alone(self) -> bool:
+        """Whether what arrived is one tensor that was not in a list."""
+        return self.label[0].item() == ALONE
+
 
 def tag_of(number: int) -> int:
     """Of the label of a link's list `number`; its tensors have the next one."""
@@ -256,9 +267,9 @@ def message_in(label: Tensor) -> str:
     return bytes(label[2:].cpu().view(torch.uint8).tolist()).decode(errors="replace").rstrip()
 
 
-def label_of(tensors: Sequence[Tensor | None]) -> Tensor:
+def label_of(tensors: Sequence[Tensor | None], kind: int) -> Tensor:
     """Raises ValueError for a tensor, or a number of them, that no label can announce."""
-    words = [TENSORS, len(tensors)]
+    words = [kind, len(tensors)]
     for tensor in tensors:
         if tensor is None:
             words += [NOTHING, 0, 0]

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from minizero.dist.collectives import CollectiveError
@@ -32,11 +33,23 @@ from minizero.dist.links import Arrival, Links
 from minizero.parallel.pipeline.actions import Action, Kind, Schedule
 from minizero.parallel.pipeline.simulate import Event
 from minizero.parallel.pipeline.split_backward import WeightHalf, backward, backward_inputs
-from minizero.parallel.pipeline.stage import Stage
+from minizero.parallel.pipeline.stage import Received, Stage
 from minizero.parallel.pipeline.transfers import Receive, Send, Step, Transfer, steps
 
-Given = list[tuple[Tensor | None, bool]]
-"""(tensor or None, whether its gradient is wanted) of each."""
+WINDOW = 64  # microbatches that are inferred at once: a chunk's outputs wait until the next chunk takes them
+
+
+@dataclass
+class Given:
+    """What an action starts from: tensors or Nones, and which of them want a gradient.
+
+    Attributes:
+        alone: it was one tensor that was not in a tuple.
+    """
+
+    tensors: list[Tensor | None]
+    wants: list[bool]
+    alone: bool
 
 
 class Storage(Protocol):
@@ -56,11 +69,11 @@ class Pass:
     """One microbatch in one chunk, from its F to the end of its backward.
 
     Attributes:
-        inputs: what was received, as leaves. outputs: edges into the graph of what was passed on; None for those that
+        inputs: what was received. outputs: edges into the graph of what was passed on; None for those that
             need no gradient. seed: the gradient of the loss, where that is the output. half: what B left for W.
     """
 
-    inputs: list[Tensor | None] = field(default_factory=list)
+    inputs: list[Input | None] = field(default_factory=list)
     outputs: list[GradientEdge | None] = field(default_factory=list)
     seed: Tensor | None = None
     half: WeightHalf | None = None
@@ -100,7 +113,7 @@ class Executor:
         self._passes: dict[tuple[int, int], Pass] = {}  # by chunk and microbatch
         self._arrivals: dict[Action, Arrival] = {}
         self._local: dict[tuple[Kind, int, int], Given] = {}  # what goes to another chunk of this rank
-        self._outbox: dict[Action, list[Tensor | None]] = {}
+        self._outbox: dict[Action, Tensor | list[Tensor | None]] = {}
         self._training = Row.of(self.schedule, self.rank)
         self._forwards: dict[int, Row] = {}  # by the number of microbatches
         self._left: dict[int, int] = {}  # per chunk: backwards to come in this step
@@ -115,18 +128,21 @@ class Executor:
             self._run(self._training, batches)
 
     @torch.no_grad()
-    def infer(self, batches: Sequence[Any]) -> list[Any]:
-        """The model's outputs, one per batch, on the rank of the last virtual stage; an empty list on the others."""
-        outputs: list[Any] = []
+    def infer(self, batches: Sequence[Any], of_output: Callable[[Any], Any]) -> list[Any]:
+        """`of_output` of the model's output for each batch, on the rank of the last virtual stage.
+
+        An empty list on the others, which hear of it when `of_output` raises.
+        """
+        outputs = Outputs(of_output)
         with self.storage.whole(None):
-            for start in range(0, len(batches), self.schedule.microbatches):  # as many at once as a step has
-                some = batches[start : start + self.schedule.microbatches]
+            for start in range(0, len(batches), WINDOW):
+                some = batches[start : start + WINDOW]
                 if len(some) not in self._forwards:
                     self._forwards[len(some)] = Row.of(forwards(self.schedule, len(some)), self.rank)
                 self._run(self._forwards[len(some)], some, outputs)
-        return outputs
+        return outputs.found
 
-    def _run(self, row: Row, batches: Sequence[Any], outputs: list[Any] | None = None) -> None:
+    def _run(self, row: Row, batches: Sequence[Any], outputs: Outputs | None = None) -> None:
         if self._broken is not None:
             raise RuntimeError(
                 f"this pipeline broke off before, and its ranks are not in step any more: {self._broken}"
@@ -145,22 +161,30 @@ class Executor:
                     doing = self._name(step)
                     self._act(step, batches, outputs, row)
                 left.popleft()
-            for target in range(self.links.comm.size):
-                self.links.arrived(target, leave=0)
+            self._settle(row)
         except Exception as error:
-            self._break(left, doing, error)
+            self._break(row, doing, error)
             raise
 
-    def _break(self, left: Iterable[Step], doing: str, error: Exception) -> None:
-        """Tell every rank that still waits for this one, and let go of everything."""
+    def _settle(self, row: Row) -> None:
+        """Return when all that was sent has arrived, as its receivers say; one that failed says that instead."""
+        for source in row.sources:
+            self.links.acknowledge(source)
+        for target in row.targets:
+            self.links.receive(target, "word that all is there").tensors()
+        for peer in row.sources | row.targets:
+            self.links.arrived(peer, leave=int(peer in row.sources))  # of the acknowledgement nobody says so
+
+    def _break(self, row: Row, doing: str, error: Exception) -> None:
+        """Tell every rank that this one has to do with, and let go of everything."""
         if isinstance(error, CollectiveError):
             reason = str(error)
         else:
             reason = f"pipeline rank {self.rank} failed in {doing}: {type(error).__name__}: {error}"
             error.add_note(f"(in {doing} of pipeline rank {self.rank})")
         self._broken = reason.partition("\n")[0]
-        for target in dict.fromkeys(step.transfer.target for step in left if isinstance(step, Send)):
-            self.links.fail(target, reason)
+        for peer in sorted(row.sources | row.targets):
+            self.links.fail(peer, reason)
         for held in (self._passes, self._arrivals, self._local, self._outbox):
             held.clear()
 
@@ -170,7 +194,7 @@ class Executor:
 
     # ---- actions ----
 
-    def _act(self, action: Action, batches: Sequence[Any], outputs: list[Any] | None, row: Row) -> None:
+    def _act(self, action: Action, batches: Sequence[Any], outputs: Outputs | None, row: Row) -> None:
         given = self._given(action, row)
         whole: AbstractContextManager[None] = nullcontext()
         if self.gather == "microbatch" and outputs is None:
@@ -209,28 +233,32 @@ class Executor:
         if arrival is not None:
             found = arrival.tensors()
             self.links.arrived(arrival.source, leave=row.unread[action])
-            return found
+            return Given([t for t, _ in found], [wants for _, wants in found], arrival.is_alone())
         return self._local.pop((action.kind if action.kind is Kind.F else Kind.B, stage, action.microbatch), None)
 
-    def _forward(self, action: Action, given: Given | None, batch: Any, outputs: list[Any] | None) -> None:
-        received = None if given is None else [leaf_of(tensor, wants) for tensor, wants in given]
+    def _forward(self, action: Action, given: Given | None, batch: Any, outputs: Outputs | None) -> None:
+        inputs = [] if given is None else inputs_of(given)
+        received: Received = None
+        if given is not None:
+            handed = tuple(None if each is None else each.tensor() for each in inputs)
+            received = handed[0] if given.alone else handed
         output = self.stage.run(action.chunk, received, lambda: self.call(batch))
         stage = self.schedule.virtual_stages[self.rank, action.chunk]
         last = stage == self.schedule.stages - 1
         if outputs is not None:
             if last:
-                outputs.append(output)
+                outputs.add(output)
             else:
-                self._pass_on(Kind.F, action, stage + 1, tensors_of(output))
+                self._pass_on(Kind.F, action, stage + 1, tensors_of(output), isinstance(output, Tensor))
             return
-        made = Pass([] if received is None else received)
+        made = Pass(inputs)
         if last:
             loss, made.seed = self.seed_of(output)
             made.outputs = [get_gradient_edge(loss)]
         else:
             tensors = tensors_of(output)
             made.outputs = [get_gradient_edge(t) if t is not None and t.requires_grad else None for t in tensors]
-            self._pass_on(Kind.F, action, stage + 1, tensors)
+            self._pass_on(Kind.F, action, stage + 1, tensors, isinstance(output, Tensor))
         self._passes[action.chunk, action.microbatch] = made
         self.in_flight = max(self.in_flight, len(self._passes))
 
@@ -243,10 +271,10 @@ class Executor:
             half.run()
             return
         made = self._passes[place]
-        gradients = [made.seed] if given is None else [gradient for gradient, _ in given]
+        gradients = [made.seed] if given is None else given.tensors
         roots = [(e, g) for e, g in zip(made.outputs, gradients, strict=True) if e is not None and g is not None]
         made.outputs = []
-        leaves = [tensor for tensor in made.inputs if tensor is not None]
+        leaves = [each.leaf for each in made.inputs if each is not None and each.leaf is not None]
         if action.kind is Kind.B:
             made.half = backward_inputs(roots, leaves)
         else:
@@ -254,17 +282,22 @@ class Executor:
             if roots:
                 backward(roots, None)
         if stage > 0:
-            self._pass_on(Kind.B, action, stage - 1, [None if t is None else t.grad for t in made.inputs])
+            gradients = [None if each is None else each.gradient for each in made.inputs]
+            self._pass_on(Kind.B, action, stage - 1, gradients, alone=False)
         made.inputs = []
 
-    def _pass_on(self, kind: Kind, action: Action, stage: int, tensors: list[Tensor | None]) -> None:
+    def _pass_on(self, kind: Kind, action: Action, stage: int, tensors: list[Tensor | None], alone: bool) -> None:
         """To virtual stage `stage`, on this rank or another."""
+        if self.gather == "microbatch":  # a parameter that is passed on is about to be emptied
+            held = {p.untyped_storage()._cdata for m in self.stage.modules_of(action.chunk) for p in m.parameters()}
+            tensors = [t.clone() if t is not None and t.untyped_storage()._cdata in held else t for t in tensors]
         if self.schedule.placement[stage][0] == self.rank:
             wants = [tensor is not None and tensor.requires_grad for tensor in tensors]
             kept = [None if tensor is None else tensor.detach() for tensor in tensors]
-            self._local[kind, stage, action.microbatch] = list(zip(kept, wants, strict=True))
+            self._local[kind, stage, action.microbatch] = Given(kept, wants, alone)
         else:
-            self._outbox[action] = tensors
+            only = tensors[0] if alone else None
+            self._outbox[action] = tensors if only is None else only
 
 
 @dataclass(frozen=True)
@@ -276,11 +309,14 @@ class Row:
         unread: for every action that something is received for: how many lists that were sent to its source before
             that are not known to have arrived there. The source has computed what it sent, so it has received what came
             before that in its own row.
+        sources, targets: the ranks that it receives from and sends to.
     """
 
     steps: tuple[Step, ...]
     left: dict[int, int]
     unread: dict[Action, int]
+    sources: set[int]
+    targets: set[int]
 
     @classmethod
     def of(cls, schedule: Schedule, rank: int) -> Row:
@@ -305,7 +341,8 @@ class Row:
                 needed = sent[transfer.source]
                 read = next((index for index, at in enumerate(needed) if at > reached), len(needed))
                 unread[step] = len(needed) - read
-        return cls(row, left, unread)
+        sources = {transfer.source for transfer in coming.values()}
+        return cls(row, left, unread, sources, {peer for peer, lists in sent.items() if lists})
 
 
 def forwards(schedule: Schedule, microbatches: int) -> Schedule:
@@ -314,9 +351,60 @@ def forwards(schedule: Schedule, microbatches: int) -> Schedule:
     return Schedule(f"{schedule.name}, forward", microbatches, schedule.placement, (row,) * schedule.ranks)
 
 
-def leaf_of(tensor: Tensor | None, wants: bool) -> Tensor | None:
-    """A leaf, differentiable where its gradient is wanted."""
-    return tensor if tensor is None else tensor.requires_grad_(wants and torch.is_grad_enabled())
+@dataclass
+class Outputs:
+    """What is kept of the model's outputs."""
+
+    of_output: Callable[[Any], Any]
+    found: list[Any] = field(default_factory=list)
+
+    def add(self, output: Any) -> None:
+        self.found.append(self.of_output(output))
+
+
+class Input:
+    """A tensor that was received, as the stage is given it: no leaf, so it may be changed in place.
+
+    Attributes:
+        leaf: stands for the tensor in the graph; None where no gradient is wanted. gradient: once backward was here.
+    """
+
+    def __init__(self, tensor: Tensor, wants: bool) -> None:
+        self.leaf = torch.zeros((), device=tensor.device, requires_grad=True) if wants else None
+        self.gradient: Tensor | None = None
+        self._tensor: Tensor | None = tensor
+
+    def tensor(self) -> Tensor:
+        """The tensor; may be called once."""
+        if self.leaf is not None:
+            found: Tensor = _Enter.apply(self.leaf, self)
+            return found
+        return self.take()
+
+    def take(self) -> Tensor:
+        tensor, self._tensor = self._tensor, None
+        assert tensor is not None
+        return tensor
+
+
+class _Enter(Function):
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, given: Input) -> Tensor:
+        ctx.given = given
+        return given.take()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.given.gradient = grads[0]
+        return torch.zeros((), device=grads[0].device), None
+
+
+def inputs_of(given: Given) -> list[Input | None]:
+    """What a stage was given, to be differentiated where that is wanted."""
+    return [
+        None if tensor is None else Input(tensor, wants and torch.is_grad_enabled())
+        for tensor, wants in zip(given.tensors, given.wants, strict=True)
+    ]
 
 
 def tensors_of(output: Any) -> list[Tensor | None]:

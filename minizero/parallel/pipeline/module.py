@@ -14,6 +14,7 @@ Each layer is built under a seed of its own, so its initial values do not depend
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -21,11 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from minizero.parallel.pipeline.actions import Placement
 from minizero.parallel.pipeline.partition import METHODS, balanced, flops_of, matching, parameters_of, uniform
-from minizero.parallel.pipeline.stage import Ties
+from minizero.parallel.pipeline.stage import ChunkEnd, Received, Ties, refuse_uses_of
 from minizero.utils.seeds import module_seed
 
 
@@ -121,6 +122,7 @@ class PipelineModule(nn.Module):
         self.parts: list[range] = [range(len(self.specs))]  # the layers of each virtual stage
         self.running: tuple[int, Any] = 0, None  # virtual stage, and what was received
         self.is_cut = False
+        self._built: set[str] = set()  # names of the layers that were given memory
         with torch.device("meta"):
             for spec in self.specs:
                 self._add(spec)
@@ -159,9 +161,9 @@ class PipelineModule(nn.Module):
         x = inputs if stage == 0 else received
         for place in self.parts[stage]:
             x = self._layer(place)(x)
-        if stage < len(self.parts) - 1 or self.loss_fn is None or labels is None:
-            return x
-        return self.loss_fn(x, labels)
+        if stage < len(self.parts) - 1:
+            raise ChunkEnd(x)  # hooks on this module see what the model returns, not what passes inside
+        return x if self.loss_fn is None or labels is None else self.loss_fn(x, labels)
 
     def _layer(self, place: int, built: nn.Module | None = None) -> Callable[[Any], Any]:
         """What layer `place` does; with `built` in the place of its module."""
@@ -181,15 +183,9 @@ class PipelineModule(nn.Module):
             if not isinstance(spec, LayerSpec):
                 continue
             name = f"tied.{spec.key}" if isinstance(spec, TiedLayerSpec) else f"layers.{place}"
-            old = self.get_submodule(name)
-            if not any(p.is_meta for p in old.parameters()):  # a module without parameters, or tied and built already
-                continue
-            new = self._first_of(spec).built(module_seed(seed, name))
-            for (_, before), (_, after) in zip(old.named_parameters(), new.named_parameters(), strict=True):
-                after.requires_grad_(before.requires_grad)
-                replaced[before] = after
-            holder, _, key = name.partition(".")
-            self.get_submodule(holder)._modules[key] = new.train(old.training)
+            if name not in self._built:
+                self._built.add(name)
+                replaced |= fill(self.get_submodule(name), self._first_of(spec).built(module_seed(seed, name)))
         return replaced
 
     def _first_of(self, spec: LayerSpec) -> LayerSpec:
@@ -224,7 +220,8 @@ class PipelineModule(nn.Module):
         seconds, x = [], self.example_input
         for place in range(len(self.specs)):
             spec = self.specs[place]
-            layer = self._layer(place, spec.build() if isinstance(spec, LayerSpec) else None)
+            own = copy.deepcopy(spec) if isinstance(spec, nn.Module) else None  # gradients and buffers stay as they are
+            layer = self._layer(place, spec.build() if isinstance(spec, LayerSpec) else own)
             times = []
             for _ in range(3):
                 began = time.perf_counter()
@@ -277,6 +274,12 @@ class LayerStage:
             module = model._module(place)
             for parameter in module.parameters() if module is not None else ():
                 users.setdefault(parameter, set()).add(owner)
+        if isinstance(model.loss_fn, nn.Module):  # the last layer's
+            last = rank_of[len(rank_of) - 1]
+            for parameter in model.loss_fn.parameters():
+                users.setdefault(parameter, set()).add(last)
+            if rank != last:
+                model.loss_fn = None
         mine = [place for place, owner in rank_of.items() if owner == rank]
         keys = {spec.key for place in mine if isinstance(spec := model.specs[place], TiedLayerSpec)}
         refuse_shared_objects(model, rank_of)
@@ -293,25 +296,48 @@ class LayerStage:
         }
         here = set(model.parameters())
         self.removed = {p for p in before if self.replaced.get(p, p) not in here}
+        refuse_uses_of(self.removed)
         model.is_cut, model.running = True, (-1, None)
 
-    def run(self, chunk: int, received: Sequence[Tensor | None] | None, call: Callable[[], Any]) -> Any:
-        """See `stage.Stage.run`; a single tensor is handed to the next layer as it is, several as a tuple."""
-        given = received if received is None or len(received) != 1 else received[0]
-        self.model.running = self.placement.index((self.rank, chunk)), given
+    def run(self, chunk: int, received: Received, call: Callable[[], Any]) -> Any:
+        """See `stage.Stage.run`."""
+        self.model.running = self.placement.index((self.rank, chunk)), received
         try:
             return call()
+        except ChunkEnd as end:
+            return end.output
         finally:
             self.model.running = -1, None
 
     def modules_of(self, chunk: int) -> list[nn.Module]:
         """See `stage.Stage.modules_of`."""
         part = self.model.parts[self.placement.index((self.rank, chunk))]
-        return [module for place in part if (module := self.model._module(place)) is not None]
+        found = [module for place in part if (module := self.model._module(place)) is not None]
+        is_last = part.stop == len(self.model.specs)
+        return [*found, self.model.loss_fn] if is_last and isinstance(self.model.loss_fn, nn.Module) else found
 
     def has(self, name: str) -> bool:
         """See `stage.Stage.has`."""
         return any(name == here for here, _ in self.model.named_modules())
+
+
+def fill(layer: nn.Module, built: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
+    """Give `layer`, of the meta device, the tensors of its twin `built`; returns new parameters by the old ones.
+
+    Hooks, and whatever else was done to the layer, stay; so does which parameters train.
+    """
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    for old, new in zip(layer.modules(), built.modules(), strict=True):
+        for name, parameter in new._parameters.items():
+            before = old._parameters[name]
+            if parameter is not None and before is not None:
+                parameter.requires_grad_(before.requires_grad)
+                old._parameters[name] = replaced.setdefault(before, parameter)
+        old._buffers.update(new._buffers)
+        for name, value in vars(new).items():
+            if not name.startswith("_") and any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+                vars(old)[name] = value
+    return replaced
 
 
 def refuse_shared_objects(model: PipelineModule, rank_of: dict[int, int]) -> None:

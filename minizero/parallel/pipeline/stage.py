@@ -5,13 +5,14 @@ order: what comes before the blocks (embeddings), the blocks, what comes after t
 ranks is taken out, and an `Absent` stands in its place, so names stay as they are. A chunk runs as the model's own
 forward, on the whole batch, and the absent modules make it a part:
 
-    before the chunk   an absent embedding gives a placeholder of the right shape without memory, from which the model
-                       makes its masks and rotary tables; an absent block passes its input on; the last one before the
-                       chunk gives what was received
+    before the chunk   an absent embedding gives a placeholder of the right shape, from which the model makes its masks
+                       and rotary tables; an absent block passes its input on; the last one before the chunk gives what
+                       was received
     after the chunk    the first absent module ends the forward: its input is the chunk's output
 
 So nothing of the model's own code is copied or assumed but this: hidden states go through the modules in their order,
-as first arguments, and nothing else that depends on weights goes from one to a later one.
+as first arguments, each block getting the very tensor that the one before it returned (which is checked), and nothing
+else that depends on weights goes from one to a later one.
 
 Shape suffixes: B batch, S sequence, H hidden.
 """
@@ -21,8 +22,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from minizero.parallel.foreign import foreign_decoders, is_foreign, without_cache
@@ -32,10 +35,14 @@ from minizero.parallel.random import draw_from
 from minizero.utils.forward import running
 from minizero.utils.undo import Removable
 
+SIDE_OUTPUTS = ("output_router_logits", "output_hidden_states", "output_attentions")
+"""What transformers' models may collect from all their layers."""
 GPT2_ORDER = ("transformer.wte", "transformer.wpe", "transformer.drop", "transformer.h", "transformer.ln_f")
 """transformers has none for it."""
 Ties = dict[nn.Parameter, tuple[int, ...]]
 """Parameter -> the ranks that use it, where there are several."""
+Received = Tensor | tuple[Tensor | None, ...] | None
+"""What the stage before passed on, as it returned it; None: there is none before."""
 
 
 class Stage(Protocol):
@@ -47,7 +54,7 @@ class Stage(Protocol):
 
     placement: Placement
 
-    def run(self, chunk: int, received: Sequence[Tensor | None] | None, call: Callable[[], Any]) -> Any:
+    def run(self, chunk: int, received: Received, call: Callable[[], Any]) -> Any:
         """What `chunk` makes of what was received (None: it is the model's first).
 
         `call` calls the whole model on the microbatch's batch. Returns the model's own output from the last virtual
@@ -94,6 +101,8 @@ class Absent(nn.Module):
         plain = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
         self.__dict__.update(plain)  # a model may ask an embedding for its size, or a block for its kind of attention
         self.place, self.stands_for = place, type(module)
+        if isinstance(weight := getattr(module, "weight", None), Tensor):  # or for its dtype and shape
+            self.weight = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
         self._meet = owner.meet
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +129,8 @@ class StagedModel:
     def __init__(self, model: nn.Module, rank: int, placement: Placement, method: str) -> None:
         self.model, self.rank, self.placement = model, rank, placement
         self.sequence = False
-        self._running: tuple[int, Sequence[Tensor | None] | None] | None = None  # virtual stage, what was received
+        self._running: tuple[int, Received] | None = None  # virtual stage, what was received
+        self._passing: Any = None  # what the last module of the order returned
         self.pieces = pieces_of(model, len(placement), method)
         refuse_left_over(model, self.pieces)
         self.undo: list[Removable] = [without_cache(decoder) for _, decoder in foreign_decoders(model)]
@@ -136,6 +146,10 @@ class StagedModel:
                 piece.parent._modules[piece.key] = self._absent[place]
         here = set(model.parameters())
         self.removed = {p for p in before.values() if p not in here}
+        refuse_uses_of(self.removed)
+        self.undo += self._watch()
+        if is_foreign(model):
+            self.undo.append(model.register_forward_pre_hook(refuse_side_outputs, with_kwargs=True))
 
     def _kept_places(self) -> set[int]:
         """Own pieces, and the first holders of parameters that own pieces share with them.
@@ -158,11 +172,11 @@ class StagedModel:
 
     # ---- running ----
 
-    def run(self, chunk: int, received: Sequence[Tensor | None] | None, call: Callable[[], Any]) -> Any:
+    def run(self, chunk: int, received: Received, call: Callable[[], Any]) -> Any:
         """See `Stage.run`."""
         stage = self.placement.index((self.rank, chunk))
         with self._only(stage):
-            self._running = stage, received
+            self._running, self._passing = (stage, received), None
             try:
                 return call()
             except ChunkEnd as end:
@@ -192,21 +206,52 @@ class StagedModel:
             )
         stage, received = self._running
         if self.pieces[absent.place].stage > stage:
+            self._check(absent.place, given)
             raise ChunkEnd(given)
-        assert received is not None
-        (hidden,) = received
-        assert hidden is not None
+        assert isinstance(received, Tensor), "blocks pass on one tensor"
+        hidden = received
         if issubclass(absent.stands_for, nn.Embedding):
-            return hidden.new_zeros(()).expand(*given.shape, hidden.shape[-1])
+            return hidden.new_zeros(*given.shape, hidden.shape[-1])
         last_before = self.pieces[absent.place + 1].stage == stage
         if not last_before:
             return given
+        self._passing = hidden
         if self.sequence:
             facts = running()
             assert facts is not None
             facts.length = given.shape[1]
             draw_from("part")
         return hidden
+
+    def _watch(self) -> Iterator[Removable]:
+        """Hooks that see that a block gets what the one before it returned, itself: else a cut would change it."""
+        blocks = [place for place in range(len(self.pieces)) if self._is_block(place)]
+        for place in [*blocks, *(last + 1 for last in blocks[-1:])]:
+            if place in self._keeps:
+                module = self.model.get_submodule(self.pieces[place].name)
+                if place > blocks[0]:
+                    yield module.register_forward_pre_hook(
+                        partial(self._entered, place), with_kwargs=True, prepend=True
+                    )
+                if place in blocks:
+                    yield module.register_forward_hook(self._left)
+
+    def _is_block(self, place: int) -> bool:
+        return isinstance(self.pieces[place].parent, nn.ModuleList)
+
+    def _entered(self, place: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._running is not None:
+            self._check(place, args[0] if args else next(iter(kwargs.values())))
+
+    def _left(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._passing = output
+
+    def _check(self, place: int, given: Any) -> None:
+        if given is not self._passing:
+            raise ValueError(
+                f"parallel.pp: {self.pieces[place].name} is not given what {self.pieces[place - 1].name} returned, but "
+                "something made of it, which a pipeline cannot cut; legal: models that hand on the tensor itself"
+            )
 
     def modules_of(self, chunk: int) -> list[nn.Module]:
         """See `Stage.modules_of`."""
@@ -233,6 +278,11 @@ def order_of(model: Any) -> tuple[str, ...]:
     if own := getattr(model, "pipeline_order", None):
         return own
     config = getattr(model, "config", None)
+    for asked in SIDE_OUTPUTS:
+        if getattr(config, asked, False):
+            raise ValueError(
+                f"parallel.pp: {type(model).__name__} is to give {asked}, of which a stage has its own only"
+            )
     if not is_foreign(model) or config is None:
         raise ValueError(
             f"parallel.pp: {type(model).__name__} says nothing of its order; legal: minizero.PipelineModule, a decoder "
@@ -290,6 +340,27 @@ def cut_blocks(blocks: list[nn.Module], ends: list[list[nn.Module]], stages: int
     weights[0] += sum(measure(module) for module in ends[0])
     weights[-1] += sum(measure(module) for module in ends[1])
     return balanced(weights, stages)
+
+
+def refuse_side_outputs(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Raise ValueError when a transformers model is asked for what its layers leave beside their outputs."""
+    for asked in SIDE_OUTPUTS:
+        if kwargs.get(asked):
+            raise ValueError(f"parallel.pp: {asked} is not available: a stage has that of its own layers only")
+
+
+def refuse_uses_of(removed: set[nn.Parameter]) -> None:
+    """Let backward raise where a parameter that another stage has was used here: its gradient would be lost."""
+
+    def refuse(gradient: Tensor) -> None:
+        raise RuntimeError(
+            "parallel.pp: a parameter of another stage was used here, by a function that holds on to it; legal: "
+            "functions of their arguments, and a TiedLayerSpec for what is shared"
+        )
+
+    for parameter in removed:
+        if parameter.requires_grad:
+            parameter.register_hook(refuse)
 
 
 def refuse_left_over(model: nn.Module, pieces: Sequence[Piece]) -> None:
