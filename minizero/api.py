@@ -33,7 +33,7 @@ from minizero.optim.build import build_optimizer
 from minizero.optim.loss_scale import LossScaler
 from minizero.optim.schedules import build_schedule
 from minizero.parallel.pipeline.module import PipelineModule
-from minizero.parallelize import parallelize
+from minizero.parallelize import parallelize, refuse_cut
 from minizero.utils.forward import ForwardEntry
 from minizero.utils.memory import keep_freed_memory
 from minizero.utils.warnings import warn_once
@@ -80,6 +80,7 @@ def initialize(
     settings = from_any(one_config(args, config, config_params))
     if model is None:
         raise ValueError("initialize() needs a model")
+    refuse_cut(model)
     settings = with_stages_of(model, settings)
     if mpu is not None or mesh_param is not None:
         raise ValueError(
@@ -112,6 +113,7 @@ def initialize(
     loader = make_loader(training_data, collate_fn, comm.along("dp"), batch.micro_batch_size, settings)
     if dist.get_rank() == 0:
         print(dtype_table(runtime), flush=True)
+    parallel.removed.clear()  # what other stages have is free to go
     entry = ForwardEntry(model, seed=settings.train.seed, recompute=parallel.recompute, streams=parallel.streams)
     entry.hooks += parallel.undo
     engine = Engine(

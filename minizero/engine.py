@@ -339,12 +339,12 @@ class Engine:
         self.module.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         try:
-            if self.pipeline is None:
-                sums = (loss_and_count(self._forward_batch(batch)) for batch in batches)
+            if self.pipeline is not None:
+                for found in self.pipeline.infer([*batches], loss_and_count):
+                    total += found.to(self.device)
             else:
-                sums = iter(self.pipeline.infer([*batches], loss_and_count))
-            for found in sums:
-                total += found.to(self.device)
+                for batch in batches:
+                    total += loss_and_count(self._forward_batch(batch)).to(self.device)
         finally:
             self.module.train(was_training)
         with self.ledger.phase("eval"):
@@ -599,6 +599,7 @@ class Engine:
         """Take our hooks off the model, drop gradients, close log files.
 
         Below stage 3 the model is then an ordinary one; at stage 3 its parameters stay sharded, and it is of no use.
+        What was cut into stages stays cut.
         """
         self.runtime.detach()
         for handle in self.entry.hooks:
@@ -627,6 +628,8 @@ def loss_and_count(output: Any) -> Tensor:
     """float64 [2]: the loss in a model's output, and the tokens behind it, or 1 for a mean."""
     loss = loss_of(output)
     value, count = loss if isinstance(loss, tuple) else (loss, torch.ones(()))
+    if value.dim() != 0:
+        raise ValueError(f"the model returned a loss of shape {tuple(value.shape)}; an evaluation needs a 0-d loss")
     return torch.stack([value.detach().double(), count.double().to(value.device)])
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from minizero.config import Config
 from minizero.dist.collectives import Communicator
 from minizero.dist.layout import PipelineLayout, TensorLayout
+from minizero.dist.mesh import WORLD
 from minizero.models.dropout import number_dropouts
 from minizero.parallel.context import ContextAxis
 from minizero.parallel.context_model import apply_context, refuse_few_heads
@@ -25,7 +26,7 @@ from minizero.parallel.pipeline.actions import Schedule, read_csv
 from minizero.parallel.pipeline.module import LayerStage, PipelineModule
 from minizero.parallel.pipeline.schedules import build
 from minizero.parallel.pipeline.simulate import Costs
-from minizero.parallel.pipeline.stage import Stage, StagedModel
+from minizero.parallel.pipeline.stage import Absent, Stage, StagedModel
 from minizero.parallel.pipeline.validate import validate
 from minizero.parallel.plan import apply_styles, match
 from minizero.parallel.random import RandomStreams, foreign_dropout
@@ -93,12 +94,12 @@ def parallelize(
     Raises ValueError as `schedule_of`, `split`, `plan_of`, `apply_plan`, `apply_context` and `apply_recompute` say.
     """
     tensor, context, pipeline = data.along("tp"), data.along("cp"), data.along("pp")
-    number_dropouts(model)
     foreign = foreign_dropout(model)
     blocks = dict(enumerate(list(repeated_children(model)) or only_children(model)))
     names = {name for name, _ in model.named_modules()}
     styles = styles_of(model, config) if tensor.size > 1 else {}
-    made = split(model, config, pipeline, microbatches, device)
+    made = split(model, config, data, pipeline, microbatches, device)
+    number_dropouts(model)
     if made.stage is not None:
         styles = {name: style for name, style in styles.items() if made.stage.has(name)}
         here = {module for _, module in model.named_modules()}
@@ -123,8 +124,20 @@ def parallelize(
     return made
 
 
+def refuse_cut(model: nn.Module) -> None:
+    """Raise ValueError for a model of which another engine took stages away."""
+    cut = model.is_cut if isinstance(model, PipelineModule) else any(isinstance(m, Absent) for m in model.modules())
+    if cut:
+        raise ValueError(f"this {type(model).__name__} was cut into pipeline stages by another engine: build it anew")
+
+
 def split(
-    model: nn.Module, config: Config, pipeline: Communicator, microbatches: int, device: torch.device
+    model: nn.Module,
+    config: Config,
+    data: Communicator,
+    pipeline: Communicator,
+    microbatches: int,
+    device: torch.device,
 ) -> Parallelized:
     """Pipeline parallel: take from `model` what other ranks have.
 
@@ -143,7 +156,7 @@ def split(
 
         def agree(seconds: list[float]) -> list[float]:
             row = torch.tensor(seconds, dtype=torch.float64, device=device)
-            return pipeline.gather_rows(row, "seconds of layers")[0].tolist()
+            return data.along(WORLD).gather_rows(row, "seconds of layers")[0].tolist()
 
         layers = LayerStage(model, pipeline.rank, placement, config.train.seed, agree)
         made.stage, made.removed, made.replaced = layers, layers.removed, layers.replaced

@@ -16,8 +16,9 @@ Glossary:
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -46,7 +47,7 @@ DTYPES = (
     torch.bool,
 )
 NOTHING = -1  # the dtype of a None
-PATIENCE = 1.0  # seconds that a message of failure may take
+PATIENCE = 1.0  # seconds that messages of failure may take
 TAGS = 3 << 22  # above those of `transport.Call`; gloo's own begin at 2**24
 NUMBERS = 1 << 20
 
@@ -163,20 +164,24 @@ class Links:
         label = label_of(tensors, ALONE if isinstance(given, Tensor) else TENSORS)
         self._send(target, label, [t for t in tensors if t is not None], what)
 
-    def acknowledge(self, target: int) -> None:
-        """Tell rank `target` that all it sent so far is here, with an empty list."""
-        self._send(target, label_of([], TENSORS), [], "acknowledgement")
+    def signal(self, target: int, what: str) -> None:
+        """Send an empty list."""
+        self._send(target, label_of([], TENSORS), [], what)
 
-    def fail(self, target: int, message: str) -> None:
-        """Tell rank `target` that its next list will not come, and why; nothing is raised when it cannot be told.
+    def fail(self, targets: Iterable[int], message: str) -> None:
+        """Tell ranks that their next list will not come, and why; nothing is raised when one cannot be told.
 
-        Waits a moment for it: a process that ends at once takes its message with it.
+        Waits a moment for them: a process that ends at once takes its messages with it.
         """
-        with suppress(RuntimeError):
-            self._send(target, failure_label(message), [], "an error")
-            requests: list[Any] = self._peers[target].pending[-1].work.requests
-            for request in requests:
-                request.wait(timedelta(seconds=PATIENCE))
+        requests: list[Any] = []
+        for target in targets:
+            with suppress(RuntimeError):
+                self._send(target, failure_label(message), [], "an error")
+                requests += self._peers[target].pending[-1].work.requests
+        deadline = time.monotonic() + PATIENCE
+        for request in requests:
+            with suppress(RuntimeError):
+                request.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.01)))
 
     def arrived(self, target: int, leave: int) -> None:
         """All lists sent to `target` but the last `leave` are known to be there: let go of them."""

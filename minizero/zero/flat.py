@@ -97,6 +97,12 @@ class FlatGroup:
         for start, stop in self.needed(index):
             self.load_range(index, start, value_flat[start:stop])
 
+    def values(self) -> list[Tensor]:
+        """Every tensor that holds this rank's values, before any is gathered."""
+        held = self.shard if self.frees_whole else self.flat
+        apart = self.master is not None and self.master.untyped_storage()._cdata != held.untyped_storage()._cdata
+        return [held, self.master] if apart and self.master is not None else [held]
+
     def needed(self, index: int) -> list[tuple[int, int]]:
         """Which elements [start, stop) of the flattened parameter this rank keeps any copy of."""
         if not self.frees_whole:

@@ -79,9 +79,12 @@ class GradientReducer:
             self._drain(0)
         self.active = False
 
-    def flush(self) -> None:
-        """Before a step: reduce whatever is still held whole (a boundary that fell inside `no_sync`, a pipeline)."""
-        if self._early or any(unit.has_local_gradients for unit in self.order):
+    def flush(self, everything: bool = False) -> None:
+        """Before a step: reduce what is still held whole (a boundary that fell inside `no_sync`).
+
+        With `everything`, also where this rank happens to hold nothing: in a pipeline no pass has reduced it.
+        """
+        if everything or any(unit.has_local_gradients for unit in self.order):
             self.launch([unit for unit in self.order if unit not in self._early])
             self._drain(0)
         self._early.clear()

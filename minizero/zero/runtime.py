@@ -82,7 +82,8 @@ class ZeroRuntime:
         self.pipeline = pipeline
         if pipeline is not None:
             pipeline.replace(self.replaced)
-        self.units = [Unit(spec, comm, device, policy, tensor, pipeline) for spec in find_units(model)]
+        tied = set(pipeline.ties) if pipeline is not None else set()
+        self.units = [Unit(spec, comm, device, policy, tensor, pipeline) for spec in find_units(model, tied)]
         self._load(uninitialized, seed)
         self.gatherer: ParameterGatherer | None = None
         self.reducer = GradientReducer(self.units, policy, self._unit_done, self._before_reduce)
@@ -122,8 +123,19 @@ class ZeroRuntime:
                 self.comm.broadcast(value, 0, unit.name)
                 group.load(index, value)
                 parameter.data = group.nan.expand(parameter.shape)
+        self._agree_on_ties()
         for unit in self.units:
             unit.finish_loading()
+
+    def _agree_on_ties(self) -> None:
+        """Parameters that several pipeline stages use begin as the first of those ranks has them."""
+        if self.pipeline is None:
+            return
+        for group in (group for group in self.groups if len(group.ties) > 1):
+            for values in group.values():
+                first = group.ties[0] == self.pipeline.comm.rank
+                own = values if first else torch.zeros_like(values)
+                values.copy_(self.pipeline.comm.sum_among(group.ties, own, f"{', '.join(group.names)}, tied"))
 
     # ---- backward ----
 
@@ -179,7 +191,7 @@ class ZeroRuntime:
 
     def finish_gradients(self) -> None:
         """Reduced gradients of everything, wherever the last backward left them."""
-        self.reducer.flush()
+        self.reducer.flush(everything=self.pipeline is not None)
         self._sum_over_tensor_axis()
         self._sum_over_stages()
         if not self.policy.shards_optimizer:

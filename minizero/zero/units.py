@@ -12,7 +12,7 @@ Units are found, not declared: any `nn.Module` works as it is, HuggingFace model
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -29,8 +29,12 @@ class UnitSpec:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
 
 
-def find_units(model: nn.Module) -> list[UnitSpec]:
-    """The units of `model`, root first, then in registration order. Every parameter is in exactly one."""
+def find_units(model: nn.Module, tied: Collection[nn.Parameter] = ()) -> list[UnitSpec]:
+    """The units of `model`, root first, then in registration order. Every parameter is in exactly one.
+
+    `tied` are parameters that other pipeline stages use too: each of them has these in its root unit, where they lie
+    alike, whatever else is there.
+    """
     modules = dict(repeated_children(model))
     modules.update(large_leaves(model, modules))
     owners = owners_of_parameters(model, modules)
@@ -38,7 +42,8 @@ def find_units(model: nn.Module) -> list[UnitSpec]:
     units = {name: UnitSpec(name, module) for name, module in model.named_modules() if name in modules}
     for name, parameter in model.named_parameters():
         owning = owners[parameter]
-        unit = units[next(iter(owning))] if len(owning) == 1 and None not in owning else root
+        alone = len(owning) == 1 and None not in owning and parameter not in tied
+        unit = units[next(iter(owning))] if alone else root
         unit.parameters[name] = parameter
     return [root, *(unit for unit in units.values() if unit.parameters)]
 

@@ -13,7 +13,7 @@ BW is a kind of its own, not B with W at once behind it: autograd computes both 
 and the gradient of the input then leaves after B + W instead of after B. A schedule says which of the two it means.
 
 *In flight* on a rank are the activations that it must keep: one for each microbatch of each chunk from the start of its
-F to the end of its W or BW. (A B frees part of them in practice; counted is what W still needs, so this is a bound.)
+F to the end of its W or BW. (A B may free part of them, so this is a bound; `executor` frees none but the loss's.)
 One activation in flight is a whole stage's where a rank holds one chunk, and 1/chunks of it where it holds several.
 
 As text an action is its kind and microbatch, then its chunk unless that is 0: `F3`, `B0.1`, `BW12`.

@@ -6,8 +6,9 @@ before the action that needs it. What an action leaves behind is a `Pass`: one m
 BW or W, the one thing that keeps activations, so that what is in memory is what the schedule counts as in flight. Of a
 chunk's outputs only the edges into their graph are kept.
 
-A rank that fails tells those who wait for it (`links.Links.fail`), so every rank of the pipeline raises at once, naming
-the action in which it broke. A peer that dies or stalls is named after the timeout, with what this rank waited for.
+A rank that fails tells its neighbours and the first rank (`links.Links.fail`), for whose word all wait in the end, so
+every rank of the pipeline raises at once, naming the action in which it broke. A peer that dies or stalls is named after
+the timeout, with what this rank waited for.
 
 Gradients end in the parameters' `.grad`, added up over the microbatches, and are reduced as soon as no action of their
 chunk is left. Parameters are whole for the step, or around each action (`gather`).
@@ -161,19 +162,27 @@ class Executor:
                     doing = self._name(step)
                     self._act(step, batches, outputs, row)
                 left.popleft()
-            self._settle(row)
+            self._settle()
         except Exception as error:
             self._break(row, doing, error)
             raise
 
-    def _settle(self, row: Row) -> None:
-        """Return when all that was sent has arrived, as its receivers say; one that failed says that instead."""
-        for source in row.sources:
-            self.links.acknowledge(source)
-        for target in row.targets:
-            self.links.receive(target, "word that all is there").tensors()
-        for peer in row.sources | row.targets:
-            self.links.arrived(peer, leave=int(peer in row.sources))  # of the acknowledgement nobody says so
+    def _settle(self) -> None:
+        """Return when every rank is through with its row, or raise what one of them failed with.
+
+        The first rank collects the word of all, and then gives its own: who has it knows that all it sent was read.
+        """
+        others = range(1, self.links.comm.size)
+        if self.rank > 0:
+            self.links.signal(0, "done")
+            self.links.receive(0, "word that all are done,").tensors()
+        else:
+            for peer in others:
+                self.links.receive(peer, "word that it is done,").tensors()
+            for peer in others:
+                self.links.signal(peer, "all are done")
+        for peer in range(self.links.comm.size):
+            self.links.arrived(peer, leave=0 if self.rank > 0 else 1)
 
     def _break(self, row: Row, doing: str, error: Exception) -> None:
         """Tell every rank that this one has to do with, and let go of everything."""
@@ -183,8 +192,8 @@ class Executor:
             reason = f"pipeline rank {self.rank} failed in {doing}: {type(error).__name__}: {error}"
             error.add_note(f"(in {doing} of pipeline rank {self.rank})")
         self._broken = reason.partition("\n")[0]
-        for peer in sorted(row.sources | row.targets):
-            self.links.fail(peer, reason)
+        everyone = set(range(self.links.comm.size)) - {self.rank}
+        self.links.fail(sorted(everyone if self.rank == 0 else row.peers | {0}), reason)
         for held in (self._passes, self._arrivals, self._local, self._outbox):
             held.clear()
 
@@ -309,14 +318,13 @@ class Row:
         unread: for every action that something is received for: how many lists that were sent to its source before
             that are not known to have arrived there. The source has computed what it sent, so it has received what came
             before that in its own row.
-        sources, targets: the ranks that it receives from and sends to.
+        peers: the ranks that it receives from or sends to.
     """
 
     steps: tuple[Step, ...]
     left: dict[int, int]
     unread: dict[Action, int]
-    sources: set[int]
-    targets: set[int]
+    peers: set[int]
 
     @classmethod
     def of(cls, schedule: Schedule, rank: int) -> Row:
@@ -341,8 +349,8 @@ class Row:
                 needed = sent[transfer.source]
                 read = next((index for index, at in enumerate(needed) if at > reached), len(needed))
                 unread[step] = len(needed) - read
-        sources = {transfer.source for transfer in coming.values()}
-        return cls(row, left, unread, sources, {peer for peer, lists in sent.items() if lists})
+        peers = {transfer.source for transfer in coming.values()} | {peer for peer, lists in sent.items() if lists}
+        return cls(row, left, unread, peers)
 
 
 def forwards(schedule: Schedule, microbatches: int) -> Schedule:

@@ -19,7 +19,8 @@ Some parameters cannot wait, and get their whole gradient in B (`Graph.at_once`)
 - those behind a rib on which two nodes of the spine hang: autograd cannot run one of them up to it without the other.
 
 A stage without inputs to differentiate, the first, has an empty B, and all of backward is its W. A hook that a user
-puts on an activation runs in both halves where its node has ribs; legal are hooks that only look.
+puts on an activation runs in both halves where its node has ribs; one that changes the gradient is seen, and refused.
+What W does not need stays in memory until it has run: the nodes that it runs hold those below them.
 """
 
 from __future__ import annotations
@@ -66,19 +67,14 @@ class WeightHalf:
         below, self.roots = self.roots, []
         while self.incoming:
             node, grads = self.incoming.popitem()
-            ribs = self.ribs.pop(node)
-            for rib, found in zip(ribs, gradients_of(node, grads, ribs), strict=True):
-                if found is not None and rib.private:
-                    torch.autograd.backward([rib.edge], [found], inputs=rib.parameters)
-                elif found is not None:
-                    below.append((rib.edge, found))
+            below += run_ribs(node, grads, self.ribs.pop(node))
         if below:
             backward(below, self.parameters)
 
 
 @dataclass(frozen=True)
 class Rib:
-    """Where a rib begins, the parameters that wait at its end, and whether no other way leads into it."""
+    """Where a rib begins, the parameters that wait at its end, and whether no other rib leads to any of them."""
 
     edge: GradientEdge
     parameters: list[Tensor]
@@ -122,13 +118,41 @@ def backward(roots: Sequence[Root], leaves: Sequence[Tensor] | None, retain_grap
     torch.autograd.backward(edges, gradients, inputs=leaves, retain_graph=retain_graph)
 
 
-def gradients_of(node: Any, grads: tuple[Tensor | None, ...], ribs: Sequence[Rib]) -> Sequence[Tensor | None]:
-    """What `node` gives along each of its ribs, for the gradients of its outputs."""
-    given = [(GradientEdge(node, number), gradient) for number, gradient in enumerate(grads) if gradient is not None]
-    if not given:
-        return [None] * len(ribs)
-    edges, gradients = zip(*given, strict=True)
-    return torch.autograd.grad(edges, [rib.edge for rib in ribs], gradients, allow_unused=True)
+def run_ribs(node: Any, grads: tuple[Tensor | None, ...], ribs: Sequence[Rib]) -> list[Root]:
+    """Follow `node`'s ribs for the gradients of its outputs; where those that meet others begin, with what comes there.
+
+    Raises RuntimeError where a hook changes the gradients of an activation: it did so in B already.
+    """
+    roots = [(GradientEdge(node, number), gradient) for number, gradient in enumerate(grads) if gradient is not None]
+    if not roots:
+        return []
+    handle = node.register_prehook(unchanged(grads))
+    try:
+        shared = [rib for rib in ribs if not rib.private]
+        leaves = [leaf for rib in ribs if rib.private for leaf in rib.parameters]
+        if leaves:
+            backward(roots, leaves, retain_graph=bool(shared))
+        if not shared:
+            return []
+        edges, gradients = zip(*roots, strict=True)
+        found = torch.autograd.grad(edges, [rib.edge for rib in shared], gradients, allow_unused=True)
+        return [(rib.edge, gradient) for rib, gradient in zip(shared, found, strict=True) if gradient is not None]
+    finally:
+        handle.remove()
+
+
+def unchanged(noted: tuple[Tensor | None, ...]) -> Callable[[tuple[Tensor | None, ...]], None]:
+    """A hook that raises when what comes in is not what was noted."""
+
+    def compare(grads: tuple[Tensor | None, ...]) -> None:
+        for before, now in zip(noted, grads, strict=True):
+            if before is not None and now is not None and before.data_ptr() != now.data_ptr():
+                raise RuntimeError(
+                    "a hook changes the gradient of an activation in a stage whose backward is in two halves, where it "
+                    "acts twice; legal: a schedule with BW (gpipe, one_f_one_b, interleaved), or hooks that only look"
+                )
+
+    return compare
 
 
 def noting(node: Any, incoming: Incoming) -> Callable[[tuple[Tensor | None, ...]], None]:
@@ -169,7 +193,7 @@ class Graph:
         }
         outside = [root for root in roots if root is not None and self.is_outside(root)]
         ends = [*(e for found in waits.values() for e in found), *((root, 0) for root in outside)]
-        visits = Counter(below for end, _ in ends for below in from_below([end]) if not hasattr(below, "variable"))
+        visits = Counter(below for end, _ in ends for below in from_below([end]))
         self.ribs: dict[Any, list[Rib]] = {}
         for node, found in waits.items():
             for end, number in found:
