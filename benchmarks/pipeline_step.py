@@ -15,6 +15,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -189,8 +190,30 @@ def build_minizero(rank: int, world: int, *, schedule: str, transport: str = "au
         "simulated_bubble": planned.bubble,
         "measured_bubble": statistics.median(timeline.bubble for timeline in timelines),
         "peak_in_flight": engine.pipeline.schedule.peak_in_flight,
+        "planned": rows_of(planned),
+        "measured": rows_of(timelines[-1]),
     }
     return step
+
+
+def rows_of(timeline: Any) -> list[list[tuple[str, float, float]]]:
+    return [[(str(event.action), event.start, event.stop) for event in row] for row in timeline.events]
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Plan beside measurement, of the schedules that show most."""
+    from minizero.parallel.pipeline.actions import Action
+    from minizero.parallel.pipeline.draw import png
+    from minizero.parallel.pipeline.simulate import Event, Timeline
+
+    timelines = []
+    for schedule in ("one_f_one_b", "zbv"):
+        row = result.get(f"{schedule}-2", {}).get("contenders", {}).get(f"minizero-{schedule}", {})
+        for name in ("planned", "measured") if row else ():
+            events = tuple(tuple(Event(Action.parse(a), 1e3 * b, 1e3 * e) for a, b, e in rank) for rank in row[name])
+            timelines.append(Timeline(f"{schedule}, {name}, ms", events))
+    if timelines:
+        png(path, *timelines)
 
 
 OURS_ALONE = ("zb_h1", "zb_h2")
@@ -235,7 +258,9 @@ def main() -> None:
                     print(f"{name}: bubble {row['measured_bubble']:.3f}, simulated {row['simulated_bubble']:.3f}")
             result[f"{schedule}-{world}"] = found
     if not options.no_write:
-        print("written to", write_result("pipeline_step", result))
+        path = write_result("pipeline_step", result)
+        draw(result, path.with_name("pipeline_measured.png"))
+        print("written to", path)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ BW or W, the one thing that keeps activations, so that what is in memory is what
 chunk's outputs only the edges into their graph are kept.
 
 A rank that fails tells its neighbours and the first rank (`links.Links.fail`), for whose word all wait in the end, so
-every rank of the pipeline raises at once, naming the action in which it broke. A peer that dies or stalls is named after
-the timeout, with what this rank waited for.
+every rank of the pipeline raises at once, naming the action in which it broke. A peer that dies or stalls is named
+after the timeout, with what this rank waited for.
 
 Gradients end in the parameters' `.grad`, added up over the microbatches, and are reduced as soon as no action of their
 chunk is left. Parameters are whole for the step, or around each action (`gather`).
