@@ -151,7 +151,7 @@ def add_pipeline(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     """The arguments of `minizero pipeline`."""
     pipeline = verbs.add_parser("pipeline", help="prove, time and draw a pipeline schedule", allow_abbrev=False)
     source = pipeline.add_mutually_exclusive_group(required=True)
-    source.add_argument("--schedule", help=", ".join(SCHEDULES))
+    source.add_argument("--schedule", help=f"{', '.join(SCHEDULES)}; or several, to see them under one scale of time")
     source.add_argument("--csv", metavar="FILE", help="your own: a row of actions per rank, such as F0,F1,BW0,BW1")
     source.add_argument("--measured", metavar="FILE", help="pipeline.json of a run: what it planned beside what it did")
     pipeline.add_argument("--stages", type=int, metavar="P", help="ranks, each with one stage")
@@ -167,9 +167,14 @@ def add_pipeline(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def pipeline_verb(options: argparse.Namespace) -> int:
     """Prove, simulate and show a schedule; returns the exit code."""
     try:
-        schedule, timelines = schedule_and_timelines(options)
+        (schedule, *others), timelines = schedules_and_timelines(options)
         peak = validate(schedule)
-        if options.draw and Path(options.draw).suffix == ".csv":
+        for other in others:
+            validate(other)
+        as_csv = options.draw is not None and Path(options.draw).suffix == ".csv"
+        if others and (options.json or as_csv):
+            raise ValueError(f"--json and .csv are of one schedule, --schedule names {1 + len(others)}")
+        if as_csv:
             write_csv(schedule, options.draw)
         elif options.draw:
             save(options.draw, *timelines)
@@ -191,8 +196,8 @@ def pipeline_verb(options: argparse.Namespace) -> int:
     return 0
 
 
-def schedule_and_timelines(options: argparse.Namespace) -> tuple[Schedule, list[Timeline]]:
-    """The schedule that was asked for, simulated; of a run, what was planned from its costs and what was measured.
+def schedules_and_timelines(options: argparse.Namespace) -> tuple[list[Schedule], list[Timeline]]:
+    """The schedules that were asked for, simulated; of a run, what was planned from its costs and what was measured.
 
     Raises ValueError for options that do not go together.
     """
@@ -208,14 +213,15 @@ def schedule_and_timelines(options: argparse.Namespace) -> tuple[Schedule, list[
             )
         if options.measured:
             schedule, timeline = measured.read(options.measured)
-            return schedule, [measured.planned(schedule, timeline), timeline]
-        schedule = read_csv(options.csv)
+            return [schedule], [measured.planned(schedule, timeline), timeline]
+        schedules = [read_csv(options.csv)]
     elif len(fixed) < 2:
         raise ValueError("--schedule needs --stages and --microbatches")
     else:
         size = (options.stages, options.microbatches, options.chunks)
-        schedule = build(options.schedule, *size, costs, options.memory_limit, options.kept)
-    return schedule, [simulate(schedule, costs)]
+        names = options.schedule.split(",")
+        schedules = [build(name, *size, costs, options.memory_limit, options.kept) for name in names]
+    return schedules, [simulate(schedule, costs) for schedule in schedules]
 
 
 def _version(package: str) -> str | None:

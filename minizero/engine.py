@@ -12,6 +12,7 @@ which is exact for ragged batches where a mean of means is not.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -289,13 +290,17 @@ class Engine:
         if self._compares_inputs:
             self._compare_inputs(batches)
         try:
-            with self.log.timer("forward and backward"):
-                self.pipeline.train(batches)
+            began = time.perf_counter()
+            self.pipeline.train(batches)
         except Exception:
             self.optimizer.window = Window()
             with suppress(CollectiveError):
                 self.runtime.abort()
             raise
+        computing = self.pipeline.seconds()
+        for phase, seconds in computing.items():
+            self.log.add(phase, seconds)
+        self.log.add("pipeline_wait", time.perf_counter() - began - sum(computing.values()))
         self.micro_steps += len(batches)
         self._window.micro_batches = len(batches)  # also on ranks that have seen no loss
         self._update(1.0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minizero.dist.collectives import Communicator
-from minizero.parallel.pipeline.actions import Action
+from minizero.parallel.pipeline.actions import Action, Kind
 from minizero.parallel.pipeline.executor import Executor
 from minizero.parallel.pipeline.simulate import Event, Timeline
 
@@ -43,6 +43,13 @@ class Pipelined:
         """The value that `tensor` has on the rank of the last virtual stage, on every rank; its shape is the same."""
         self.comm.broadcast(tensor, self.last_rank, what)
         return tensor
+
+    def seconds(self) -> dict[str, float]:
+        """What this rank computed for in the last training step, by phase."""
+        found = {"forward": 0.0, "backward": 0.0}
+        for event in self.executor.events:
+            found["forward" if event.action.kind is Kind.F else "backward"] += event.stop - event.start
+        return found
 
     def timeline(self) -> Timeline:
         """When every action of the last training step ran, on every rank; collective over the pipeline axis.

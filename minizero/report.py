@@ -127,5 +127,9 @@ def next_steps(config: Config) -> list[tuple[str, str]]:
         ("train twice as long", f"make train ARGS='--run.dir {folder}-longer --train.steps {2 * config.train.steps}'"),
         ("compare a ZeRO stage", f"make train ARGS='--run.dir {folder}-stage{stage} --zero.stage {stage}'"),
         ("cut each layer over two ranks", f"make train ARGS='--run.dir {folder}-tp2 --parallel.tp 2'"),
+        (
+            "cut the model into two stages",
+            f"make train ARGS='--run.dir {folder}-pp2 --parallel.pp 2 --train.micro_batch_size 1'",
+        ),
         ("see every setting", f"{os.path.relpath(sys.executable)} -m minizero.train --help"),
     ]

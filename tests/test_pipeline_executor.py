@@ -432,6 +432,19 @@ def test_another_pipeline_degree_is_refused(tmp_path):
     assert CheckpointError is not None
 
 
+def broken_down() -> dict[str, float]:
+    engine, *_ = minizero.initialize(
+        model=make("llama", 5), config=settings(3, 6, 2, "zb_h1", log={"wall_clock_breakdown": True, "every": 100})
+    )
+    run_steps(engine, batches(2, 6), 3)
+    return dict(engine.log.seconds)
+
+
+def test_a_step_is_broken_down_into_computing_and_waiting():
+    seconds = run_distributed(broken_down, 2)[0]
+    assert set(seconds) == {"forward", "backward", "step", "pipeline_wait"} and min(seconds.values()) > 0
+
+
 def with_own_optimizer() -> Any:
     model = make("llama", 5)
     decayed = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1}]

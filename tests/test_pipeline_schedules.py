@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minizero import cli
-from minizero.parallel.pipeline import auto, draw, schedules
+from minizero.parallel.pipeline import auto, draw, measured, schedules
 from minizero.parallel.pipeline.actions import (
     Action,
     Kind,
@@ -686,6 +686,22 @@ def test_the_grid_shows_every_action_in_order(name):
 # -------------------------------------------------------------------------------------------------------- CLI
 
 
+def test_cli_shows_several_schedules_and_what_a_run_measured(tmp_path, capsys):
+    path = tmp_path / "several.svg"
+    several = "pipeline --schedule gpipe,zb_h1 --stages 2 --microbatches 4 --draw"
+    assert cli.main([*several.split(), str(path)]) == 0
+    assert capsys.readouterr().out.count("bubble") == 2 and path.read_text().count("rank 1") == 2
+    schedule = build("zb_h1", 2, 4)
+    late = simulate(schedule, Costs(2.0, 3.0, 1.0, latency=0.5))  # a run whose transfers take half a second
+    measured.write(tmp_path / "run.json", schedule, late)
+    assert measured.read(tmp_path / "run.json") == (schedule, Timeline("zb_h1, measured", late.events))
+    assert cli.main(["pipeline", "--measured", str(tmp_path / "run.json"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    planned = simulate(schedule, Costs(2.0, 3.0, 1.0))
+    assert (found["makespan"], found["bubble"]) == (planned.makespan, planned.bubble)
+    assert (found["measured_makespan"], found["measured_bubble"]) == (late.makespan, late.bubble)
+
+
 def test_cli_prints_one_json_object(capsys):
     line = (
         "pipeline --schedule zb_h1 --stages 8 --microbatches 24 --cost F=18.522,B=18.086,W=9.337,latency=0.601 --json"
@@ -718,6 +734,9 @@ def test_cli_shows_and_draws(name, tmp_path, capsys):
         ("--schedule zbv --stages 2 --microbatches 4 --draw out.gif", "out.gif: legal are"),
         ("--csv missing.csv", "No such file"),
         ("--csv missing.csv --chunks 2", "--chunks does not go with --csv"),
+        ("--measured missing.json --cost F=1", "--cost does not go with --measured"),
+        ("--measured missing.json", "No such file"),
+        ("--schedule zbv,gpipe --stages 2 --microbatches 4 --json", "of one schedule, --schedule names 2"),
     ),
 )
 def test_cli_says_what_is_wrong_in_one_line(line, message):

@@ -46,8 +46,19 @@ PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)  # <linux/pr
 LARGEST_COPY = 1 << 30  # bytes; the kernel cuts a single copy off at 2 GiB
 CALLS = 256  # that a board remembers of each operation; a call that would overwrite an unread one waits for its readers
 WORD = 8  # bytes
-LOOKS = 50  # at a board before the first pause between looks
-PAUSES = (20e-6, 1e-3)  # seconds: the first pause, and the longest
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How a rank waits for another: `looks` at once, then with pauses that double, from `first` to `longest` seconds."""
+
+    looks: int = 50
+    first: float = 20e-6
+    longest: float = 1e-3
+
+
+LONG_WAITS = Patience(looks=2, first=50e-6, longest=4e-4)
+"""For the ranks of a pipeline, who wait for whole computations: looking takes time from whoever computes."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,7 @@ class NeighbourMemory:
         self.board = board
         self.peers = peers
         self.timeout = timeout
+        self.patience = Patience()
         self._lent: dict[tuple[int, int], Lending] = {}  # by operation and column of the board
 
     def exchange(
@@ -132,17 +144,17 @@ class NeighbourMemory:
     def wait_until(self, there: Callable[[], bool], peer: int, doing: str, timeout: timedelta | None = None) -> None:
         """Return when `there()`. Raises RuntimeError when `peer` is gone, or takes longer than the timeout."""
         limit = self.timeout if timeout is None else timeout.total_seconds()
-        deadline, looks, pause = time.monotonic() + limit, 0, PAUSES[0]
+        deadline, looks, pause = time.monotonic() + limit, 0, self.patience.first
         while not there():
             looks += 1
-            if looks < LOOKS:
+            if looks < self.patience.looks:
                 os.sched_yield()
                 continue
             self.read(peer, self.peers[peer].board, torch.empty(1, dtype=torch.int64))
             if time.monotonic() > deadline:
                 raise RuntimeError(f"rank {peer} did not {doing} within {limit:g} s")
             time.sleep(pause)
-            pause = min(2 * pause, PAUSES[1])
+            pause = min(2 * pause, self.patience.longest)
 
     def read(self, peer: int, address: int, target: Tensor) -> None:
         """Fill `target` from `address` of `peer`. Raises RuntimeError when that process cannot be read any more."""
@@ -224,6 +236,7 @@ class NeighbourLinks:
 
     def __init__(self, memory: NeighbourMemory) -> None:
         self.memory = memory
+        memory.patience = LONG_WAITS
 
     def send(self, target: int, number: int, pieces: Sequence[Tensor]) -> list[Waitable]:
         """Give list `number` to rank `target`."""

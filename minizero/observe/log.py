@@ -35,7 +35,11 @@ class EngineLog:
             return
         begin = now()
         yield
-        self.seconds[phase] += now() - begin
+        self.add(phase, now() - begin)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Enter time that was measured elsewhere; a phase need not be one of the three."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
     def step(self, engine: Any) -> None:
         """After an optimizer step."""
