@@ -50,7 +50,7 @@ WORD = 8  # bytes
 
 @dataclass(frozen=True)
 class Patience:
-    """How a rank waits for another: `looks` at once, then with pauses that double, from `first` to `longest` seconds."""
+    """How a rank waits for another: `looks` at once, then pauses that double, from `first` to `longest` seconds."""
 
     looks: int = 50
     first: float = 20e-6
