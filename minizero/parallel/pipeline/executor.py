@@ -17,7 +17,6 @@ chunk is left. Parameters are whole for the step, or around each action (`gather
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -92,8 +91,8 @@ class Executor:
         gather: "step" or "microbatch": how long parameters are whole.
         reduce_each: reduce after every backward, not after a chunk's last.
         around_backward: a context for backward passes.
-        events: what the last run computed, and when (seconds of `time.perf_counter`).
-        in_flight: the most passes that were held at once in the last run.
+        events: what the last training step computed, and when (seconds of `time.perf_counter`).
+        in_flight: the most passes that were held at once in it.
     """
 
     schedule: Schedule
@@ -150,10 +149,9 @@ class Executor:
             )
         if outputs is None:
             self.events, self.in_flight, self._left = [], 0, dict(row.left)
-        left, doing = deque(row.steps), "the beginning"
+        doing = "the beginning"
         try:
-            while left:
-                step = left[0]
+            for step in row.steps:
                 if isinstance(step, Receive):
                     self._arrivals[step.transfer.before] = self.links.receive(step.transfer.source, told(step.transfer))
                 elif isinstance(step, Send):
@@ -161,7 +159,6 @@ class Executor:
                 else:
                     doing = self._name(step)
                     self._act(step, batches, outputs, row)
-                left.popleft()
             self._settle()
         except Exception as error:
             self._break(row, doing, error)
@@ -185,7 +182,7 @@ class Executor:
             self.links.arrived(peer, leave=0 if self.rank > 0 else 1)
 
     def _break(self, row: Row, doing: str, error: Exception) -> None:
-        """Tell every rank that this one has to do with, and let go of everything."""
+        """Tell the neighbours, and the first rank, or as the first rank all; let go of everything."""
         if isinstance(error, CollectiveError):
             reason = str(error)
         else:
