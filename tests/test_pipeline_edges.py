@@ -470,3 +470,28 @@ def test_an_evaluation_of_many_batches():
     reports = run_distributed(many, 2, 2, timeout=90)
     assert relative_error([loss for loss, _ in reports], [wanted, wanted]) < 1e-6
     assert [count for _, count in reports] == [0, 5]
+
+
+class Masked(Block):
+    """Keeps the masks that torch's own dropout draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks: list[list[float]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.masks.append(F.dropout(torch.ones(32), 0.5).tolist())
+        return super().forward(x)
+
+
+def drawn() -> list[list[float]]:
+    model = PipelineModule([Masked(), Masked()], loss_fn=F.mse_loss, partition_method="uniform")
+    engine, *_ = minizero.initialize(model=model, config=config(2, "gpipe"))
+    engine.train_batch(iter(data()[0]))
+    return next(module.masks for module in model.modules() if isinstance(module, Masked))
+
+
+def test_stages_draw_apart():
+    """Torch's dropout, whose generator every rank has seeded alike."""
+    masks = [mask for of_rank in run_distributed(drawn, 2) for mask in of_rank]
+    assert len(masks) == 4 and all(one != other for i, one in enumerate(masks) for other in masks[:i])
