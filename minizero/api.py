@@ -33,7 +33,7 @@ from minizero.optim.build import build_optimizer
 from minizero.optim.loss_scale import LossScaler
 from minizero.optim.schedules import build_schedule
 from minizero.parallel.pipeline.module import PipelineModule
-from minizero.parallelize import parallelize, refuse_cut
+from minizero.parallelize import Parallelized, parallelize, refuse_cut
 from minizero.utils.forward import ForwardEntry
 from minizero.utils.memory import keep_freed_memory
 from minizero.utils.warnings import warn_once
@@ -80,28 +80,23 @@ def initialize(
     settings = from_any(one_config(args, config, config_params))
     if model is None:
         raise ValueError("initialize() needs a model")
-    refuse_cut(model)
-    settings = with_stages_of(model, settings)
     if mpu is not None or mesh_param is not None:
         raise ValueError(
             "initialize(mpu=, mesh_param=) is not available: tensor and pipeline degrees are settings (parallel.tp, "
             "parallel.pp)"
         )
-    for line in without_effect(settings):
-        warn_once(line)
-    if optimizer is None and "optimizer" not in settings.model_fields_set:
-        warn_once(f"no optimizer was given: training with {settings.optimizer.type} at lr {settings.optimizer.lr}")
+    refuse_cut(model)
+    settings = with_stages_of(model, settings)
+    say_what_is_unexpected(settings, optimizer)
     init_distributed(settings.dist.backend, distributed_port=distributed_port, timeout=settings.dist.timeout)
     mesh, comm, device = join(settings, model)
     batch = settings.batch(comm.size // settings.parallel.cp)
     num_parameters = sum(p.numel() for p in model.parameters())  # before they are shared out
     parallel = parallelize(model, settings, comm, device, batch.accumulation)
-    policy = Policy.from_config(settings, device, comm.size)
-    runtime = ZeroRuntime(model, comm, policy, device, settings.train.seed, parallel.layout, parallel.pipeline)
-    renamed = {old: runtime.replaced.get(new, new) for old, new in parallel.replaced.items()}
-    runtime.replaced |= renamed
+    runtime = shard(model, settings, comm, device, parallel)
     inner = make_optimizer(optimizer, model, current(model_parameters, runtime, parallel.removed), settings)
     leave_out(inner, parallel.removed)
+    parallel.removed.clear()  # what other stages have is free to go
     sharded = ZeroOptimizer(
         inner,
         runtime,
@@ -113,7 +108,6 @@ def initialize(
     loader = make_loader(training_data, collate_fn, comm.along("dp"), batch.micro_batch_size, settings)
     if dist.get_rank() == 0:
         print(dtype_table(runtime), flush=True)
-    parallel.removed.clear()  # what other stages have is free to go
     entry = ForwardEntry(model, seed=settings.train.seed, recompute=parallel.recompute, streams=parallel.streams)
     entry.hooks += parallel.undo
     engine = Engine(
@@ -160,6 +154,24 @@ def init_distributed(
     if distributed_port is not None:
         os.environ.setdefault("MASTER_PORT", str(distributed_port))
     join_processes(dist_backend, timeout.total_seconds() if isinstance(timeout, timedelta) else timeout)
+
+
+def say_what_is_unexpected(settings: Config, optimizer: Any) -> None:
+    """Warn of settings without effect, and of an optimizer that nobody asked for."""
+    for line in without_effect(settings):
+        warn_once(line)
+    if optimizer is None and "optimizer" not in settings.model_fields_set:
+        warn_once(f"no optimizer was given: training with {settings.optimizer.type} at lr {settings.optimizer.lr}")
+
+
+def shard(
+    model: nn.Module, settings: Config, comm: Communicator, device: torch.device, parallel: Parallelized
+) -> ZeroRuntime:
+    """ZeRO over what parallelism left of the model; knows every parameter that made way for another."""
+    policy = Policy.from_config(settings, device, comm.size)
+    runtime = ZeroRuntime(model, comm, policy, device, settings.train.seed, parallel.layout, parallel.pipeline)
+    runtime.replaced |= {old: runtime.replaced.get(new, new) for old, new in parallel.replaced.items()}
+    return runtime
 
 
 def join(settings: Config, model: nn.Module) -> tuple[DeviceMesh, Communicator, torch.device]:

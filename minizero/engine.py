@@ -31,19 +31,16 @@ from minizero.config import Config
 from minizero.config.batch import BatchSizes
 from minizero.config.deepspeed import to_deepspeed
 from minizero.dist.collectives import CollectiveError, Communicator
-from minizero.dist.links import Links
 from minizero.models.dropout import hash_samples
 from minizero.observe.log import EngineLog
-from minizero.parallel.pipeline.executor import Executor
 from minizero.parallelize import Parallelized
 from minizero.pipelined import Pipelined
 from minizero.utils.forward import ForwardEntry, forward_of, samples
+from minizero.utils.losses import Loss, arguments, checked, loss_and_count, loss_of
 from minizero.utils.warnings import warn_once
 from minizero.zero.optimizer import StepResult, Window, ZeroOptimizer
 from minizero.zero.policy import DTYPES
 from minizero.zero.runtime import ZeroRuntime
-
-Loss = Tensor | tuple[Tensor, Tensor]
 
 
 class Engine:
@@ -96,7 +93,10 @@ class Engine:
         self._iterator: Iterator[Any] | None = None
         self._compares_inputs = config.parallel.tp * config.parallel.cp * config.parallel.pp > 1
         self._num_parameters = num_parameters
-        self.pipeline = None if stages is None or stages.stage is None else self._pipeline(stages)
+        self.pipeline: Pipelined | None = None
+        if stages is not None and stages.stage is not None:
+            call = lambda batch: self._call(*arguments(self._on_device(batch)))  # noqa: E731
+            self.pipeline = Pipelined.of(stages, runtime, config, call, self._seed_of, entry.history)
 
     # ---- one micro-batch ----
 
@@ -304,23 +304,6 @@ class Engine:
         self.micro_steps += len(batches)
         self._window.micro_batches = len(batches)  # also on ranks that have seen no loss
         self._update(1.0)
-
-    def _pipeline(self, stages: Parallelized) -> Pipelined:
-        """The pipeline's executor, which calls back for the model and its loss."""
-        assert stages.stage is not None and stages.schedule is not None and stages.pipeline is not None
-        executor = Executor(
-            stages.schedule,
-            stages.stage,
-            Links(stages.pipeline.comm, self.device),
-            self.runtime,
-            self.ledger,
-            call=lambda batch: self._call(*arguments(self._on_device(batch))),
-            seed_of=self._seed_of,
-            gather=self.settings.pipeline.gather,
-            reduce_each=self.settings.zero.accumulation == "sharded",
-            around_backward=lambda: forward_of(self.entry.history),
-        )
-        return Pipelined(executor, stages.pipeline.comm, self.device)
 
     def _seed_of(self, output: Any) -> tuple[Tensor, Tensor]:
         """The loss in a microbatch's output, entered into the window, and the gradient that backward begins with."""
@@ -610,52 +593,6 @@ class Engine:
         for handle in self.entry.hooks:
             handle.remove()
         self.log.close()
-
-
-def arguments(batch: Any) -> tuple[Any, dict[str, Any]]:
-    """How a model is called on a batch: a dict's items by name, a tuple's by place, anything else as it is."""
-    if isinstance(batch, dict):
-        return (), batch
-    return (batch if isinstance(batch, tuple | list) else (batch,)), {}
-
-
-def checked(loss: Loss) -> tuple[Tensor, Any]:
-    """(value, token count or None) of a loss. Raises ValueError for what backward cannot begin at."""
-    value, tokens = loss if isinstance(loss, tuple) else (loss, None)
-    if not isinstance(value, Tensor) or value.dim() != 0 or not value.requires_grad:
-        raise ValueError(
-            "backward needs a 0-d loss that depends on trainable parameters, or a pair (loss sum, token count)"
-        )
-    return value, tokens
-
-
-def loss_and_count(output: Any) -> Tensor:
-    """float64 [2]: the loss in a model's output, and the tokens behind it, or 1 for a mean."""
-    loss = loss_of(output)
-    value, count = loss if isinstance(loss, tuple) else (loss, torch.ones(()))
-    if value.dim() != 0:
-        raise ValueError(f"the model returned a loss of shape {tuple(value.shape)}; an evaluation needs a 0-d loss")
-    return torch.stack([value.detach().double(), count.double().to(value.device)])
-
-
-def loss_of(output: Any) -> Loss:
-    """The loss in a model's output: itself, a (sum, count) pair, `.loss`, or `["loss"]`."""
-    if isinstance(output, Tensor):
-        return output
-    if (
-        isinstance(output, tuple)
-        and len(output) == 2
-        and all(isinstance(part, Tensor) and part.dim() == 0 for part in output)
-    ):
-        return output
-    loss = getattr(output, "loss", None)
-    if loss is None and isinstance(output, dict):
-        loss = output.get("loss")
-    if loss is None:
-        raise ValueError(
-            f"the model returned {type(output).__name__}; train_batch needs a 0-d loss, (sum, count), or .loss"
-        )
-    return loss
 
 
 def forever(dataloader: Any, skip: int = 0) -> Iterator[Any]:

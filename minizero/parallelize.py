@@ -3,7 +3,7 @@
 pipeline split -> tensor and sequence -> expert -> context -> recompute -> ZeRO -> materialize from meta
 ^ here            ^ here                           ^ here     ^ here       ^ `zero.runtime`
 
-What depends on the whole model (names, numbers of dropouts, which block is the k-th) is read before the split.
+What depends on the whole model (which module has which style, which block is the k-th) is read before the split.
 """
 
 from __future__ import annotations

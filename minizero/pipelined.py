@@ -13,10 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minizero.config import Config
 from minizero.dist.collectives import Communicator
+from minizero.dist.links import Links
 from minizero.parallel.pipeline.actions import Action, Kind
 from minizero.parallel.pipeline.executor import Executor
 from minizero.parallel.pipeline.simulate import Event, Timeline
+from minizero.parallelize import Parallelized
+from minizero.utils.forward import History, forward_of
+from minizero.zero.runtime import ZeroRuntime
 
 
 class Pipelined:
@@ -30,6 +35,36 @@ class Pipelined:
         self.executor, self.comm, self.device = executor, comm, device
         self.schedule = executor.schedule
         self.last_rank = self.schedule.placement[-1][0]
+
+    @classmethod
+    def of(
+        cls,
+        stages: Parallelized,
+        runtime: ZeroRuntime,
+        config: Config,
+        call: Callable[[Any], Any],
+        seed_of: Callable[[Any], tuple[Tensor, Tensor]],
+        history: History,
+    ) -> Pipelined:
+        """The pipeline of what a model has become; see `Executor` for `call` and `seed_of`.
+
+        `history` tells whose forward it is that others' checkpoints compute again in backward.
+        """
+        assert stages.stage is not None and stages.schedule is not None and stages.pipeline is not None
+        comm = stages.pipeline.comm
+        executor = Executor(
+            stages.schedule,
+            stages.stage,
+            Links(comm, runtime.device),
+            runtime,
+            comm.ledger,
+            call=call,
+            seed_of=seed_of,
+            gather=config.pipeline.gather,
+            reduce_each=config.zero.accumulation == "sharded",
+            around_backward=lambda: forward_of(history),
+        )
+        return cls(executor, comm, runtime.device)
 
     def train(self, batches: Sequence[Any]) -> None:
         """Forward and backward of all microbatches of one step."""

@@ -21,10 +21,10 @@ from minizero.dist.collectives import Communicator
 from minizero.dist.dims import ParallelDims
 from minizero.dist.ledger import CommLedger
 from minizero.dist.mesh import build_mesh
-from minizero.engine import loss_of
 from minizero.models import build
 from minizero.models.layers import hidden
 from minizero.parallel.context import ContextAxis, HeadPlan, Ring, ring_attention, ulysses_attention
+from minizero.utils.losses import loss_of
 
 # ---- attention itself ----
 

@@ -245,6 +245,14 @@ def test_a_function_that_holds_on_to_another_stages_parameter_is_refused():
     refused_everywhere(closure, 2, "a parameter of another stage was used here", 2)
 
 
+class Larger(Block):
+    """Than the tied layers, so that these are no units of their own beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH))
+
+
 def tied_by_size(x: nn.Module, given: Tensor) -> Tensor:
     return given @ x.weight.t() @ x.weight
 
@@ -254,7 +262,7 @@ def two_ties(pp: int, stage: int, debug: bool = False) -> Any:
     wide = lambda: TiedLayerSpec("wide", nn.Linear, WIDTH, 8, bias=False, forward_fn=tied_by_size)  # noqa: E731
     narrow = lambda: TiedLayerSpec("narrow", nn.Linear, WIDTH, 3, bias=False, forward_fn=tied_by_size)  # noqa: E731
     small = [LayerSpec(nn.Linear, WIDTH, WIDTH, bias=False) for _ in range(2)]
-    layers = [wide(), narrow(), *small, LayerSpec(Block), LayerSpec(Block), wide(), narrow()]
+    layers = [wide(), narrow(), *small, LayerSpec(Larger), LayerSpec(Larger), wide(), narrow()]
     model = PipelineModule(layers, loss_fn=F.mse_loss, partition_method="uniform")
     more = {"zero": {"stage": stage}, "debug": {"collectives": debug}}
     losses, norms = run(model, config(pp, **more))

@@ -53,7 +53,7 @@ def settings(microbatches: int, samples: int, pp: int, schedule: str, **more: An
         pipeline={"schedule": schedule, "microbatches": microbatches, **more.pop("pipeline", {})},
         train={"micro_batch_size": samples // dp // microbatches, "gradient_clipping": 0.5},
         optimizer={"lr": 1e-3, "weight_decay": 0.1},
-        dist={"timeout": 30.0},
+        dist=more.pop("dist", {"timeout": 30.0}),
         **more,
     )
 

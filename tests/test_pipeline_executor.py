@@ -176,6 +176,63 @@ def test_bytes_sent_are_the_closed_form(pp, schedule, world, more, length):
         assert calls == borders * counts and wire == payload + calls * 128 * 8
 
 
+def reduced(stage: int, gather: str, accumulation: str) -> tuple[list[tuple[int, int]], dict[str, int], dict[str, int]]:
+    """((actions before, modules) of each early reduction, gathers and reductions per block in one step)."""
+    more = {"zero": {"stage": stage, "accumulation": accumulation}, "pipeline": {"gather": gather}}
+    engine, *_ = minizero.initialize(model=make("llama", 4), config=settings(4, 8, 2, "interleaved", **more))
+    executor, early = engine.pipeline.executor, []
+    plain = executor.storage.reduce_early
+
+    def reduce_early(modules: Any) -> None:
+        early.append((len(executor.events), len(modules)))
+        plain(modules)
+
+    engine.train_batch(iter(split(engine, 4)))
+    executor.storage.reduce_early = reduce_early
+    engine.ledger.reset()
+    engine.train_batch(iter(split(engine, 4)))
+    calls = {
+        operation: [
+            engine.ledger.total(axis="dp", operation=operation, unit=unit.name).calls
+            for unit in engine.runtime.units[1:]
+        ]
+        for operation in ("all_gather", "reduce_scatter")
+    }
+    return early, *calls.values()
+
+
+@pytest.mark.parametrize(
+    ("stage", "gather", "accumulation", "gathers", "reductions"),
+    ((3, "step", "auto", 1, 1), (3, "microbatch", "auto", 8, 1), (2, "step", "sharded", 1, 4)),
+)
+def test_parameters_are_gathered_and_gradients_reduced_as_often_as_asked(
+    stage, gather, accumulation, gathers, reductions
+):
+    """Two chunks of one block; stage 2's one gather is that of the updated parameters."""
+    for early, gathered, scattered in run_distributed(reduced, 4, stage, gather, accumulation):
+        assert gathered == [gathers] * 2 and scattered == [reductions] * 2
+        actions = 16  # 2 chunks x 4 microbatches x F, BW
+        assert len(early) == 2 * reductions
+        first = early[reductions - 1] if reductions > 1 else early[0]
+        assert first[0] < actions and early[-1][0] == actions  # the second chunk's, as soon as it is through
+
+
+def lists(kind: str, transport: str) -> Any:
+    engine, *_ = minizero.initialize(
+        model=make("llama", 9, dtype=torch.bfloat16 if kind == "bf16" else torch.float32),
+        config=settings(3, 6, 4, "zbv", dist={"timeout": 20.0, "transport": transport}),
+    )
+    assert type(engine.pipeline.executor.links.way).__name__ == (
+        "LinkMessages" if transport == "messages" else "NeighbourLinks"
+    )
+    return run_steps(engine, batches(3, 6), 3)
+
+
+def test_messages_carry_what_memory_does():
+    for kind in ("fp32", "bf16"):
+        assert run_distributed(lists, 4, kind, "messages") == run_distributed(lists, 4, kind, "memory")
+
+
 # ---- trouble ----
 
 
@@ -202,14 +259,14 @@ class Troubled(Block):
         return super().forward(x)
 
 
-def troubled(kind: str, rank: int, schedule: str = "one_f_one_b") -> None:
+def troubled(kind: str, rank: int, transport: str = "auto") -> None:
     layers = [LayerSpec(Troubled, kind if place == rank else "") for place in range(dist.get_world_size())]
     model = PipelineModule(layers, loss_fn=loss_fn, partition_method="uniform")
     config = minizero.Config(
         parallel={"pp": dist.get_world_size()},
-        pipeline={"schedule": schedule, "microbatches": 4},
+        pipeline={"microbatches": 4},
         train={"micro_batch_size": 2},
-        dist={"timeout": 3.0},
+        dist={"timeout": 3.0, "transport": transport},
     )
     engine, *_ = minizero.initialize(model=model, config=config)
     before = [p.detach().clone() for p in engine.module.parameters()]
@@ -224,7 +281,7 @@ def troubled(kind: str, rank: int, schedule: str = "one_f_one_b") -> None:
         raise error
 
 
-@pytest.mark.parametrize("rank", (0, 1, 3))
+@pytest.mark.parametrize(("rank", "transport"), ((0, "memory"), (1, "memory"), (1, "messages"), (3, "messages")))
 @pytest.mark.parametrize(
     ("kind", "says"),
     (
@@ -236,11 +293,10 @@ def troubled(kind: str, rank: int, schedule: str = "one_f_one_b") -> None:
         ("complex", "failed in action F0 .*torch.complex64 .*cannot be sent; legal"),
     ),
 )
-def test_every_rank_says_where_a_stage_failed(kind, says, rank):
-    if kind != "raise" and rank == 3:
-        return  # the last stage's output is the loss function's
+def test_every_rank_says_where_a_stage_failed(kind, says, rank, transport):
+    rank = min(rank, 2) if kind != "raise" else rank  # what the last stage returns is given to the loss, not sent
     with pytest.raises(DistributedError) as caught:
-        run_distributed(troubled, 4, kind, rank, timeout=30)
+        run_distributed(troubled, 4, kind, rank, transport, timeout=30)
     says = says.format(rank=rank)
     own, others = says.partition(": ")[2], says
     for number, text in caught.value.failures.items():
@@ -248,10 +304,11 @@ def test_every_rank_says_where_a_stage_failed(kind, says, rank):
     assert len(caught.value.failures) == 4 and re.search(own, caught.value.failures[rank])
 
 
+@pytest.mark.parametrize("transport", ("memory", "messages"))
 @pytest.mark.parametrize("kind", ("die", "stall"))
-def test_a_peer_that_dies_or_stalls_is_named(kind):
+def test_a_peer_that_dies_or_stalls_is_named(kind, transport):
     with pytest.raises(DistributedError) as caught:
-        run_distributed(troubled, 3, kind, 1, timeout=30)
+        run_distributed(troubled, 3, kind, 1, transport, timeout=30)
     for number in (0, 2):
         text = caught.value.failures[number]
         assert "CollectiveError" in text and "from rank 1" in text, text

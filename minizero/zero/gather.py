@@ -68,7 +68,7 @@ class ParameterGatherer:
         self._position = {unit: index for index, unit in enumerate(self.plan)}
         self._cursor: int | None = None  # next entry of the running pass; None outside a pass
         self._first_order: list[Unit] | None = []  # recorded during the first forward
-        self._suspended = 0
+        self._suspended = False
         self._made_by: MadeBy[Unit] = MadeBy()
         self._began: dict[Unit, int] = {}  # number of the next autograd node when the unit's forward began
         self._watcher: ReadWatcher | None = None
@@ -179,8 +179,8 @@ class ParameterGatherer:
 
     @property
     def suspended(self) -> bool:
-        """Inside `everything_whole`."""
-        return self._suspended > 0
+        """Inside `whole`."""
+        return self._suspended
 
     # ---- passes ----
 
@@ -235,39 +235,23 @@ class ParameterGatherer:
             unit.release()
 
     @contextmanager
-    def everything_whole(self) -> Iterator[None]:
-        """All units whole inside; sharded again after it, also after an exception. May be nested."""
-        if not self._suspended:
-            for unit in self.units:
-                unit.gather()
-                unit.finish_gather()
-            self.comm.settle()
-        self._suspended += 1
-        try:
-            yield
-        finally:
-            self._suspended -= 1
-            if not self._suspended:
-                self.unwind()
+    def whole(self, units: Sequence[Unit]) -> Iterator[None]:
+        """These units whole inside, and nothing gathered or released by hooks; all sharded again after it.
 
-    @contextmanager
-    def some_whole(self, units: Sequence[Unit]) -> Iterator[None]:
-        """These units whole inside, and nothing else gathered or released; sharded again after it."""
+        May be nested, when the outermost counts. One unit after the other: peers remember a number of calls only.
+        """
         if self._suspended:
             yield
             return
         for unit in units:
-            unit.gather()
-        for unit in units:
-            unit.finish_gather()
+            unit.make_whole()
         self.comm.settle()
-        self._suspended += 1
+        self._suspended = True
         try:
             yield
         finally:
-            self._suspended -= 1
-            for unit in units:
-                unit.release()
+            self._suspended = False
+            self.unwind()
 
     # ---- the plan ----
 

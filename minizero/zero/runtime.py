@@ -175,9 +175,7 @@ class ZeroRuntime:
         """Whole parameters of `modules` and of the root unit, or of the model, inside; collective."""
         if self.gatherer is None:
             return nullcontext()
-        if modules is None:
-            return self.gatherer.everything_whole()
-        return self.gatherer.some_whole([self.units[0], *self._units_of(modules)])
+        return self.gatherer.whole(self.units if modules is None else [self.units[0], *self._units_of(modules)])
 
     def reduce_early(self, modules: Sequence[nn.Module]) -> None:
         """Start to reduce the units that are made of `modules`, whose gradients are complete; collective."""
@@ -253,7 +251,7 @@ class ZeroRuntime:
 
     def unsharded(self) -> AbstractContextManager[None]:
         """Whole parameters inside, on every rank; collective."""
-        return self.gatherer.everything_whole() if self.gatherer is not None else nullcontext()
+        return self.whole(None)
 
     @contextmanager
     def modified(self, source: int | None) -> Iterator[None]:

@@ -5,7 +5,7 @@ order: what comes before the blocks (embeddings), the blocks, what comes after t
 ranks is taken out, and an `Absent` stands in its place, so names stay as they are. A chunk runs as the model's own
 forward, on the whole batch, and the absent modules make it a part:
 
-    before the chunk   an absent embedding gives a placeholder of the right shape, from which the model makes its masks
+    before the chunk   an absent embedding gives zeros of the right shape, from which the model makes its masks
                        and rotary tables; an absent block passes its input on; the last one before the chunk gives what
                        was received
     after the chunk    the first absent module ends the forward: its input is the chunk's output
