@@ -184,3 +184,19 @@ def test_a_pipeline_goes_with_every_other_axis(cell):
     for dtype, steps, bound in ((torch.float32, STEPS, 2e-6), (torch.float64, 2, 1e-10)):
         wanted = plainly(family, 5, steps, 8, 4, dtype=dtype, tie_embeddings=tied)
         agree(run_distributed(train_cell, world_of(cell), cell, dtype, steps), wanted, bound)
+
+
+@pytest.mark.parametrize(
+    ("pp", "schedule", "layers", "counts", "more"),
+    (
+        (8, "one_f_one_b", 9, 7, {}),
+        (8, "zbv", 17, 3, {"zero": {"stage": 1}}),
+        (4, "zb_h1", 7, 5, {"parallel": {"tp": 2}, "zero": {"stage": 2}, "recompute": {"mode": "full"}}),
+        (4, "interleaved", 9, 6, {"zero": {"stage": 3}}),
+        (4, "dualpipe_v", 9, 4, {"parallel": {"cp": 2}, "model": {"tie_embeddings": True}}),
+    ),
+)
+def test_many_stages_on_eight_ranks(pp, schedule, layers, counts, more):
+    samples = 2 * counts
+    wanted = plainly("llama", layers, 4, samples, counts, **more.get("model", {}))
+    agree(run_distributed(train, 8, "llama", layers, 4, samples, counts, pp, schedule, **more), wanted)
