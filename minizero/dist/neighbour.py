@@ -28,8 +28,7 @@ import platform
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -142,7 +141,7 @@ class NeighbourMemory:
         return lending
 
     def wait_until(self, there: Callable[[], bool], peer: int, doing: str, timeout: timedelta | None = None) -> None:
-        """Return when `there()`. Raises RuntimeError when `peer` is gone, or takes longer than the timeout."""
+        """Return when `there()`, which raises RuntimeError when `peer` is gone. So does this after the timeout."""
         limit = self.timeout if timeout is None else timeout.total_seconds()
         deadline, looks, pause = time.monotonic() + limit, 0, self.patience.first
         while not there():
@@ -150,7 +149,6 @@ class NeighbourMemory:
             if looks < self.patience.looks:
                 os.sched_yield()
                 continue
-            self.read(peer, self.peers[peer].board, torch.empty(1, dtype=torch.int64))
             if time.monotonic() > deadline:
                 raise RuntimeError(f"rank {peer} did not {doing} within {limit:g} s")
             time.sleep(pause)
@@ -158,21 +156,39 @@ class NeighbourMemory:
 
     def read(self, peer: int, address: int, target: Tensor) -> None:
         """Fill `target` from `address` of `peer`. Raises RuntimeError when that process cannot be read any more."""
-        with self._naming(peer):
+        try:
             read_memory(self.peers[peer].pid, address, target)
+        except OSError as error:
+            raise self._gone(peer, error) from error
 
     def mark(self, call: Call, owner: int) -> None:
         """Tell `owner` that this rank has read what it was given in `call`."""
-        with self._naming(owner):
-            word = torch.tensor([call.number + 1])
-            copy_memory(LIBC.process_vm_writev, self.peers[owner].pid, self.peers[owner].mark(call, self.rank), word)
-
-    @contextmanager
-    def _naming(self, peer: int) -> Iterator[None]:
+        word = torch.tensor([call.number + 1])
         try:
-            yield
+            copy_memory(LIBC.process_vm_writev, self.peers[owner].pid, self.peers[owner].mark(call, self.rank), word)
         except OSError as error:
-            raise RuntimeError(f"rank {peer} (process {self.peers[peer].pid}) cannot be read: {error}") from error
+            raise self._gone(owner, error) from error
+
+    def is_marked(self, call: Call, reader: int) -> bool:
+        """Whether `reader` has read what `call` gave it. Raises RuntimeError when it has not, and is gone."""
+        if not self.board.has_mark(call, reader):
+            try:
+                self.look(reader, Word(self.peers[reader].pid, self.peers[reader].board))
+            except RuntimeError:
+                if not self.board.has_mark(call, reader):  # else it has marked, and ended, since the first look
+                    raise
+                return True
+        return self.board.has_mark(call, reader)
+
+    def look(self, peer: int, word: Word) -> int:
+        """The word of `peer`. Raises RuntimeError when that process cannot be read any more."""
+        try:
+            return word.read()
+        except OSError as error:
+            raise self._gone(peer, error) from error
+
+    def _gone(self, peer: int, error: OSError) -> RuntimeError:
+        return RuntimeError(f"rank {peer} (process {self.peers[peer].pid}) cannot be read: {error}")
 
 
 @dataclass
@@ -196,13 +212,9 @@ class Reading:
     def pieces(self) -> list[tuple[int, int]]:
         """(address, bytes) of what the peer gives this rank, once it does."""
         transport, call, place = self.transport, self.call, self.transport.peers[self.peer].offer(self.call)
+        number = Word(transport.peers[self.peer].pid, place)
+        transport.wait_until(lambda: transport.look(self.peer, number) == call.number + 1, self.peer, "join")
         offer = torch.empty(4, dtype=torch.int64)
-
-        def is_there() -> bool:
-            transport.read(self.peer, place, offer[:1])
-            return offer[0].item() == call.number + 1
-
-        transport.wait_until(is_there, self.peer, "join")
         transport.read(self.peer, place, offer)
         _, unit, address, rows = offer.tolist()
         if unit != call.unit_hash:
@@ -222,9 +234,9 @@ class Lending:
     kept: object
 
     def wait(self, timeout: timedelta | None = None) -> None:
-        board, call = self.transport.board, self.call
+        transport = self.transport
         for peer in self.readers:
-            self.transport.wait_until(partial(board.has_mark, call, peer), peer, "read what it was given", timeout)
+            transport.wait_until(partial(transport.is_marked, self.call, peer), peer, "read what it was given", timeout)
         self.readers, self.kept = [], None
 
 
@@ -306,6 +318,21 @@ class IoVector(ctypes.Structure):
     """`struct iovec`."""
 
     _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+
+class Word:
+    """One int64 at `address` of process `pid`, made once to be looked at often."""
+
+    def __init__(self, pid: int, address: int) -> None:
+        self._value = ctypes.c_int64()
+        here, there = IoVector(ctypes.addressof(self._value), WORD), IoVector(address, WORD)
+        self._call = pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0
+
+    def read(self) -> int:
+        """What is there now. Raises OSError as `read_memory`."""
+        if LIBC.process_vm_readv(*self._call) != WORD:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return self._value.value
 
 
 LIBC = ctypes.CDLL(None, use_errno=True)  # the C library that this process runs on, already loaded

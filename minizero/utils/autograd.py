@@ -19,18 +19,13 @@ NO_NUMBER = 1 << 63  # leaves have the largest number there is
 
 def next_node() -> int:
     """The number of the next node that this thread makes."""
-    return _probe() + 1
+    number: int = torch.autograd._get_sequence_nr()
+    return number
 
 
 def newest_node() -> int:
     """The number of the node that this thread made last."""
-    return _probe() - 1
-
-
-def _probe() -> int:
-    with torch.enable_grad():
-        made: Any = torch.ones((), requires_grad=True).neg().grad_fn
-    return made._sequence_nr()
+    return next_node() - 1
 
 
 class MadeBy(Generic[T]):

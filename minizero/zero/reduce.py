@@ -115,6 +115,8 @@ class GradientReducer:
         return gradient_arrived
 
     def _gradient_arrived(self, unit: Unit, parameter: nn.Parameter) -> None:
+        if not self.active and not unit.widens(parameter):
+            return  # a pipeline's backward: autograd adds up, and `reduce_early` is told when a unit is complete
         if unit.reduced and self.active:
             raise RuntimeError(
                 f"unit {unit.name} got a gradient after it was reduced: a re-entrant checkpoint runs backward in "

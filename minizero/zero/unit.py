@@ -151,14 +151,17 @@ class Unit:
 
     def keep_local(self, parameter: nn.Parameter) -> None:
         """Move one micro-batch's whole gradient into the accumulation dtype, where the parameter's is coarser."""
-        wide = self.policy.accumulation_of(parameter.dtype)
-        if parameter.grad is None or parameter.dtype == wide:
+        if parameter.grad is None or not self.widens(parameter):
             return  # autograd itself adds up in the right dtype
         if parameter in self._local:
             self._local[parameter].add_(parameter.grad)
         else:
-            self._local[parameter] = parameter.grad.to(wide)
+            self._local[parameter] = parameter.grad.to(self.policy.accumulation_of(parameter.dtype))
         parameter.grad = None
+
+    def widens(self, parameter: nn.Parameter) -> bool:
+        """Whether gradients of `parameter` are added up in another dtype than its own."""
+        return parameter.dtype != self.policy.accumulation_of(parameter.dtype)
 
     def has_wide_sum(self, parameter: nn.Parameter) -> bool:
         """Whether earlier micro-batches of this parameter wait here in the accumulation dtype."""
