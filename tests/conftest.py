@@ -7,10 +7,14 @@ from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; those that are compiled, in processes without it
 
 import harness
+import interpreter
 import pytest
 import torch
+
+interpreter.cure()
 
 MIN_DISTRIBUTED_CALLS = 200
 """A whole run of the suite that completes fewer distributed calls than this fails: it has lost its subject."""

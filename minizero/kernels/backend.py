@@ -1,0 +1,109 @@
+"""Where an op runs: as a Triton kernel, or as the torch code that it is proven against.
+
+Every op takes `backend`: "triton" or "torch" for one of them, "auto" for Triton wherever it can run (NVIDIA GPUs of
+compute capability 8.0 and newer; fp32, bf16, fp16), and torch elsewhere. What the machine can do is found out once;
+what a call's tensors allow is looked at in every call: "auto" never gives a wrong number, "triton" says why it cannot.
+
+With TRITON_INTERPRET=1 in the environment, before minizero is imported, kernels run on the CPU, slowly, in Triton's
+interpreter: that is how the tests run them.
+"""
+
+import importlib
+import os
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "torch"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST = (8, 0)  # compute capability: the first with bf16 and asynchronous copies
+OLDEST_TRITON = (3, 6)
+
+
+class _Nothing:
+    """Stands for Triton where it is not installed: kernels can be defined, and are never called."""
+
+    def jit(self, function: Any) -> Any:
+        return function
+
+    def __getattr__(self, name: str) -> Any:
+        return _Nothing()
+
+
+# Products and sums are fused into one instruction unless the user says otherwise: Triton's default until 3.10.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+triton: Any = _Nothing()
+tl: Any = _Nothing()
+try:
+    triton = importlib.import_module("triton")
+    tl = importlib.import_module("triton.language")
+    TROUBLE = ""
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        TROUBLE = f"Triton {triton.__version__} is older than 3.6"
+except ImportError as error:
+    TROUBLE = f"Triton is not installed ({error})"
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def obstacle(device: torch.device) -> str:
+    """Why Triton kernels cannot run on tensors of `device`; "" where they can."""
+    if TROUBLE:
+        return TROUBLE
+    if INTERPRETED:
+        return ""
+    if device.type != "cuda":
+        return f"tensors are on {device}, and Triton's kernels run on NVIDIA GPUs (or on TRITON_INTERPRET=1)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        return f"{torch.cuda.get_device_name(device)} has compute capability {capability}; the oldest is {OLDEST}"
+    return ""
+
+
+def use_triton(backend: Backend, op: str, *tensors: Tensor | None) -> bool:
+    """Whether `op` runs as a Triton kernel on these tensors.
+
+    Raises ValueError when "triton" is asked for and cannot run them, naming what stands in the way.
+    """
+    if backend == "torch":
+        return False
+    if backend not in ("auto", "triton"):
+        raise ValueError(f"{op}: backend {backend!r} does not exist; legal: auto, triton, torch")
+    there = [tensor for tensor in tensors if tensor is not None]
+    if backend == "auto" and there[0].device.type != "cuda":
+        return False  # also where the interpreter would do it: nobody wants that unasked
+    reason = obstacle(there[0].device)
+    for tensor in there:
+        if tensor.device != there[0].device:
+            reason = reason or f"tensors are on {there[0].device} and {tensor.device}"
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            reason = reason or f"a tensor is {tensor.dtype}; Triton's kernels take {names}"
+    if reason and backend == "triton":
+        raise ValueError(f"{op}: {reason}; backend auto or torch runs it in torch")
+    return not reason
+
+
+@cache
+def num_programs(device: torch.device) -> int:
+    """How many programs keep `device` busy where each loops over many rows: two for every multiprocessor."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`x` [.., N] as [M, N], N contiguous; a copy only where no view can say that. Rows may overlap (stride 0)."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def same_shape(op: str, **tensors: Tensor) -> None:
+    """Raise ValueError unless all have one shape."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(
+            f"{op}: " + ", ".join(f"{name} is {shape}" for name, shape in shapes.items()) + "; legal: one shape"
+        )
