@@ -108,7 +108,9 @@ class Number(float):
 
 
 def cure() -> None:
-    """Put everything in place; once per process."""
+    """Put everything in place; the first call in a process does."""
+    if Builder.create_dot is dot:
+        return
     Builder.cast_impl = cast
     Builder.create_fp_to_fp = cast_float
     Builder.create_dot = dot

@@ -5,7 +5,7 @@ compute capability 8.0 and newer; fp32, bf16, fp16), and torch elsewhere. What t
 what a call's tensors allow is looked at in every call: "auto" never gives a wrong number, "triton" says why it cannot.
 
 With TRITON_INTERPRET=1 in the environment, before minizero is imported, kernels run on the CPU, slowly, in Triton's
-interpreter: that is how the tests run them.
+interpreter: that is how the tests run them. (Set to 0, kernels are compiled as usual, also with a torch without CUDA.)
 """
 
 import importlib
@@ -37,14 +37,17 @@ class _Nothing:
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 triton: Any = _Nothing()
 tl: Any = _Nothing()
-try:
-    triton = importlib.import_module("triton")
-    tl = importlib.import_module("triton.language")
-    TROUBLE = ""
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
-        TROUBLE = f"Triton {triton.__version__} is older than 3.6"
-except ImportError as error:
-    TROUBLE = f"Triton is not installed ({error})"
+TROUBLE = ""
+if torch.version.cuda is None and "TRITON_INTERPRET" not in os.environ:  # importing it takes a second
+    TROUBLE = "this torch is built without CUDA"
+else:
+    try:
+        triton = importlib.import_module("triton")
+        tl = importlib.import_module("triton.language")
+        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+            TROUBLE = f"Triton {triton.__version__} is older than 3.6"
+    except ImportError as error:
+        TROUBLE = f"Triton is not installed ({error})"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
