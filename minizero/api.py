@@ -29,6 +29,7 @@ from minizero.dist.ledger import CommLedger
 from minizero.dist.mesh import DEFAULT_TIMEOUT, WORLD, build_mesh, local_device
 from minizero.dist.mesh import init_distributed as join_processes
 from minizero.engine import Engine
+from minizero.kernels.backend import Backend, chosen
 from minizero.optim.build import build_optimizer
 from minizero.optim.loss_scale import LossScaler
 from minizero.optim.schedules import build_schedule
@@ -94,7 +95,9 @@ def initialize(
     num_parameters = sum(p.numel() for p in model.parameters())  # before they are shared out
     parallel = parallelize(model, settings, comm, device, batch.accumulation)
     runtime = shard(model, settings, comm, device, parallel)
-    inner = make_optimizer(optimizer, model, current(model_parameters, runtime, parallel.removed), settings)
+    kernels = "torch" if settings.zero.offload_optimizer == "cpu" else chosen(settings.kernels, device)
+    parameters = current(model_parameters, runtime, parallel.removed)
+    inner = make_optimizer(optimizer, model, parameters, settings, kernels)
     leave_out(inner, parallel.removed)
     parallel.removed.clear()  # what other stages have is free to go
     sharded = ZeroOptimizer(
@@ -103,6 +106,7 @@ def initialize(
         scaler=LossScaler(settings.loss_scale, enabled=settings.precision == "fp16"),
         clip=settings.train.gradient_clipping,
         allow_untested=settings.zero.allow_untested_optimizer,
+        kernels=kernels,
     )
     schedule = make_schedule(lr_scheduler, sharded, settings)
     loader = make_loader(training_data, collate_fn, comm.along("dp"), batch.micro_batch_size, settings)
@@ -239,7 +243,9 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def make_optimizer(optimizer: Any, model: nn.Module, model_parameters: Any, settings: Config) -> torch.optim.Optimizer:
+def make_optimizer(
+    optimizer: Any, model: nn.Module, model_parameters: Any, settings: Config, kernels: Backend = "torch"
+) -> torch.optim.Optimizer:
     """The user's optimizer, or the configured one over `model_parameters`."""
     if isinstance(optimizer, torch.optim.Optimizer):
         if model_parameters is not None:
@@ -252,7 +258,9 @@ def make_optimizer(optimizer: Any, model: nn.Module, model_parameters: Any, sett
     ) or [{"params": []}]  # a pipeline stage without a trainable parameter
     if callable(optimizer):
         return optimizer(parameters)
-    return build_optimizer(settings.optimizer, parameters)
+    if any(p.dtype == torch.float64 for p in model.parameters()):
+        kernels = "torch"  # masters are float64 too, which the kernels do not take
+    return build_optimizer(settings.optimizer, parameters, kernels)
 
 
 def current(model_parameters: Any, runtime: ZeroRuntime, removed: set[nn.Parameter]) -> list[Any] | None:

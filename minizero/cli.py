@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from minizero.config import ConfigError
 from minizero.config.load import load
+from minizero.kernels.backend import obstacle
+from minizero.kernels.check import check_all
 from minizero.parallel.pipeline import measured
 from minizero.parallel.pipeline.actions import Schedule, read_csv, write_csv
 from minizero.parallel.pipeline.draw import caption, grid, save
@@ -29,7 +32,17 @@ from minizero.parallel.pipeline.schedules import SCHEDULES, build
 from minizero.parallel.pipeline.simulate import Costs, Timeline, simulate
 from minizero.parallel.pipeline.validate import validate
 
-PACKAGES = ("minizero", "torch", "numpy", "pydantic", "tokenizers", "safetensors", "transformers", "deepspeed")
+PACKAGES = (
+    "minizero",
+    "torch",
+    "triton",
+    "numpy",
+    "pydantic",
+    "tokenizers",
+    "safetensors",
+    "transformers",
+    "deepspeed",
+)
 
 WIDEST_GRID = 240
 """Characters of a line; a wider grid is not printed (`--draw FILE.txt` writes it)."""
@@ -47,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("--nproc", help="run on this many processes here; `auto`: one per GPU, or 2 on CPUs")
     train.add_argument("--json", action="store_true", help="print one JSON object: the summary of the run, or the line")
 
-    doctor = verbs.add_parser("doctor", help="show versions, devices and backends")
+    doctor = verbs.add_parser("doctor", help="show versions, devices, backends, and run every kernel")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
 
     add_pipeline(verbs)
@@ -138,13 +151,19 @@ def doctor_verb(as_json: bool) -> int:
         "backends": [name for name in ("gloo", "nccl") if torch.distributed.is_backend_available(name)],
         "default": f"{default_processes()} processes over {'nccl' if torch.cuda.is_available() else 'gloo'}",
     }
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kernels = check_all(device)
     if as_json:
-        print(json.dumps(report))
+        print(json.dumps(report | {"kernels": {name: asdict(outcome) for name, outcome in kernels.items()}}))
         return 0
     for name, value in report.items():
         text = ", ".join(f"{k} {v or '-'}" for k, v in value.items()) if isinstance(value, dict) else value
         print(f"{name:<12}{', '.join(text) or 'none' if isinstance(text, list) else text}")
-    return 0
+    print("kernels     " + (f"in torch: {obstacle(device)}" if obstacle(device) else "in Triton"))
+    for name, outcome in kernels.items():
+        verdict = "agrees with" if outcome.agrees else "DIFFERS from"
+        print(f"  {name:<22}{outcome.runs:<8} {verdict} its reference in float64 ({outcome.error:.0e})")
+    return 0 if all(outcome.agrees for outcome in kernels.values()) else 1
 
 
 def add_pipeline(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -18,6 +18,7 @@ from minizero.config import Config
 from minizero.dist.collectives import Communicator
 from minizero.dist.layout import PipelineLayout, TensorLayout
 from minizero.dist.mesh import WORLD
+from minizero.kernels.backend import Backend, obstacle, use_in
 from minizero.models.dropout import number_dropouts
 from minizero.parallel.context import ContextAxis
 from minizero.parallel.context_model import apply_context, refuse_few_heads
@@ -93,6 +94,7 @@ def parallelize(
 
     Raises ValueError as `schedule_of`, `split`, `plan_of`, `apply_plan`, `apply_context` and `apply_recompute` say.
     """
+    refuse_kernels(config.kernels, device)
     tensor, context, pipeline = data.along("tp"), data.along("cp"), data.along("pp")
     foreign = foreign_dropout(model)
     blocks = dict(enumerate(list(repeated_children(model)) or only_children(model)))
@@ -105,12 +107,13 @@ def parallelize(
         here = {module for _, module in model.named_modules()}
         blocks = {place: block for place, block in blocks.items() if block[1] in here}
     if tensor.size > 1:
-        made.layout = apply_styles(model, styles, TensorAxis(tensor, config.parallel.sequence))
+        made.layout = apply_styles(model, styles, TensorAxis(tensor, config.parallel.sequence, config.kernels))
         if made.pipeline is not None:
             made.pipeline.replace(made.layout.parts)
-    axis = ContextAxis(context, config.parallel.context)
+    axis = ContextAxis(context, config.parallel.context, config.kernels)
     refuse_few_heads(model, axis)
     undo = apply_context(model, axis, tensor.size if config.parallel.sequence else 1)
+    use_in(model, config.kernels)
     undo += apply_recompute(model, config.recompute, blocks, agreement(tensor, context, device), names)
     if tensor.size * pipeline.size > 1 and foreign:
         warn_once(
@@ -122,6 +125,12 @@ def parallelize(
         samples = pipeline.rank * data.size + data.rank  # stages draw apart, as ranks with other samples do
         made.streams = RandomStreams(config.train.seed, samples, tensor.rank, device)
     return made
+
+
+def refuse_kernels(kernels: Backend, device: torch.device) -> None:
+    """Raise ValueError where Triton's kernels are asked for, and cannot run."""
+    if kernels == "triton" and (reason := obstacle(device)):
+        raise ValueError(f"kernels triton: {reason}; legal here: auto, torch")
 
 
 def refuse_cut(model: nn.Module) -> None:

@@ -1,11 +1,13 @@
 """Triton's interpreter, made to compute what a GPU computes, and made to tell what a kernel did.
 
 Kernels run on the CPU when TRITON_INTERPRET=1 is set before they are defined (`conftest.py`). As it comes, the
-interpreter is silently wrong where the element type is one that numpy does not have: products of bf16 multiply bit
-patterns, rounding to bf16 cuts off, fp8 neither carries nor saturates. `cure` replaces those operations by ones that
-go through torch, which rounds to nearest even as the hardware does, and adds what Liger's kernels need of libdevice.
+interpreter is silently wrong where the element type is one that numpy does not have: sums and products of bf16 are
+those of bit patterns, rounding to bf16 cuts off, fp8 neither carries nor saturates. `cure` replaces those operations by
+ones that go through torch, which rounds to nearest even as the hardware does, and adds what Liger's kernels need of
+libdevice.
 
     with traffic() as seen:            which addresses were read and written, and how often
+    with launches() as counts:         which kernels ran
     with program_order(seed):          the programs of every launch in another order
 """
 
@@ -36,7 +38,8 @@ OF_TORCH = {
 }
 STORED_AS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
 FOREIGN = (tl.bfloat16, tl.float8e4nv, tl.float8e5)  # numpy has no such numbers, only their bits
-ORIGINAL = {name: getattr(Builder, name) for name in ("cast_impl", "create_masked_load", "create_masked_store")}
+REPLACED = "cast_impl", "create_fp_to_fp", "create_dot", "binary_op", "unary_op"
+ORIGINAL = {name: getattr(Builder, name) for name in (*REPLACED, "create_masked_load", "create_masked_store")}
 
 
 def numbers(data: np.ndarray, dtype: Any) -> Tensor:
@@ -88,6 +91,25 @@ def dot(self: Any, a: Any, b: Any, total: Any, *options: Any) -> Any:
     return Handle((product + total.data).astype(total.data.dtype), total.dtype.scalar)
 
 
+def binary(self: Any, left: Any, right: Any, op: Callable[..., Any]) -> Any:
+    """Arithmetic and comparisons of numbers that numpy does not have: in fp32, and rounded."""
+    dtype = left.dtype.scalar
+    if dtype not in FOREIGN:
+        return ORIGINAL["binary_op"](self, left, right, op)
+    return rounded(op(*(numbers(each.data, dtype).float().numpy() for each in (left, right))), dtype)
+
+
+def unary(self: Any, x: Any, op: Callable[..., Any]) -> Any:
+    dtype = x.dtype.scalar
+    if dtype not in FOREIGN:
+        return ORIGINAL["unary_op"](self, x, op)
+    return rounded(op(numbers(x.data, dtype).float().numpy()), dtype)
+
+
+def rounded(values: np.ndarray, dtype: Any) -> Any:
+    return Handle(values, tl.int1) if values.dtype == bool else Handle(held(torch.from_numpy(values), dtype), dtype)
+
+
 def of_libdevice(op: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     """A stand-in for a libdevice function, correctly rounded."""
 
@@ -114,6 +136,8 @@ def cure() -> None:
     Builder.cast_impl = cast
     Builder.create_fp_to_fp = cast_float
     Builder.create_dot = dot
+    Builder.binary_op = binary
+    Builder.unary_op = unary
     Builder.create_masked_load = watched_load
     Builder.create_masked_store = watched_store
     Builder.set_grid_idx = reordered(Builder.set_grid_idx)
@@ -124,6 +148,9 @@ def cure() -> None:
     launch = interpreter.GridExecutor.__call__
 
     def with_numbers(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for counts in LAUNCHES:
+            name = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
+            counts[name] = counts.get(name, 0) + 1
         number = lambda value: Number(value) if type(value) is float else value  # noqa: E731
         return launch(self, *map(number, args), **{name: number(value) for name, value in kwargs.items()})
 
@@ -182,6 +209,19 @@ def traffic() -> Iterator[Traffic]:
         yield WATCHING[-1]
     finally:
         WATCHING.pop()
+
+
+LAUNCHES: list[dict[str, int]] = []
+
+
+@contextmanager
+def launches() -> Iterator[dict[str, int]]:
+    """How often each kernel is launched, by `file.name`."""
+    LAUNCHES.append({})
+    try:
+        yield LAUNCHES[-1]
+    finally:
+        LAUNCHES.pop()
 
 
 ORDERS: list[int] = []

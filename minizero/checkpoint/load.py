@@ -68,7 +68,7 @@ def check_fit(state: TrainingState, path: Path, manifest: dict[str, Any], *, opt
     if {file["file"] for file in manifest["files"]} != expected:
         raise CheckpointError(f"{path / MANIFEST} does not name the files {', '.join(sorted(expected))}")
     check_complete(manifest["files"])
-    ours = type(state.optimizer.inner).__name__
+    ours = state.optimizer.rule
     if optimizer and manifest["optimizer"] != ours:
         raise CheckpointError(f"{path} holds the state of {manifest['optimizer']}, this run has {ours}")
     groups = len(manifest["param_groups"]), len(state.optimizer.param_groups)

@@ -79,7 +79,7 @@ def json_header(state: TrainingState, client_state: dict[str, Any]) -> dict[str,
         "counters": state.counters,
         "scaler": state.optimizer.scaler.state_dict(),
         "scheduler": scheduler,
-        "optimizer": type(state.optimizer.inner).__name__,
+        "optimizer": state.optimizer.rule,
         "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups],
         "client_state": client_state,
     }

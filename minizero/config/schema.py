@@ -316,8 +316,8 @@ class Config(Section):
 
     precision: Dtype = "fp32"
     """Dtype of parameters and gradients in forward and backward; 16-bit ones have fp32 masters."""
-    kernels: Literal["auto", "torch"] = "auto"
-    """Implementation of fused operations. Only `torch` exists in this version, and `auto` picks it."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """Of fused operations: `auto` takes Triton's kernels where they run (NVIDIA GPUs), torch's code elsewhere."""
     run: RunConfig = Field(default_factory=RunConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)

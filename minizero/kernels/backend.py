@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -95,6 +95,20 @@ def use_triton(backend: Backend, op: str, *tensors: Tensor | None) -> bool:
 def num_programs(device: torch.device) -> int:
     """How many programs keep `device` busy where each loops over many rows: two for every multiprocessor."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def chosen(backend: Backend, device: torch.device) -> Backend:
+    """What "auto" comes to on `device`: "triton" or "torch"."""
+    if backend != "auto":
+        return backend
+    return "torch" if device.type != "cuda" or obstacle(device) else "triton"
+
+
+def use_in(model: nn.Module, backend: Backend) -> None:
+    """Tell every layer of `model` that has the choice (an attribute `kernels`) which implementation to take."""
+    for module in model.modules():
+        if hasattr(module, "kernels"):
+            setattr(module, "kernels", backend)  # noqa: B010 - a plain attribute, not a parameter
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -179,7 +179,8 @@ def _whole(
         target = tl.load(row_ptr + label, mask=legal, other=float("nan")).to(tl.float32)
         target, _ = _capped(target, cap, CAP)
         scale = tl.load(scale_ptr)
-        loss = lse - (1.0 - smoothing) * target - smoothing / columns * sums + z * lse * lse
+        loss = (1.0 - smoothing) * (highest - target) + smoothing * (highest - sums / columns) + tl.log(total)
+        loss += z * lse * lse
         tl.store(losses_ptr + row, loss * scale)
         if GRADIENT:
             tl.debug_barrier()  # the label's logit was read by all before it is written over
@@ -332,7 +333,7 @@ class _CrossEntropy(Function):
         rows_TV = as_rows(logits_TV)
         ctx.grad_TV = None
         if ctx.needs_input_grad[0]:
-            ctx.grad_TV = rows_TV if in_place else torch.empty_like(rows_TV, memory_format=torch.contiguous_format)
+            ctx.grad_TV = rows_TV.detach() if in_place else rows_TV.new_empty(rows_TV.shape)
         losses_T = losses_and_gradient(rows_TV, labels_T, scale, ignore_index, settings, ctx.grad_TV)
         if in_place and ctx.grad_TV is not None:
             torch.autograd.graph.increment_version(logits_TV)

@@ -261,11 +261,10 @@ def _delta(
 
 
 @triton.jit
-def _probabilities(q, k, first, stop, lse, u, qk_scale, PRECISION: tl.constexpr):
-    """exp(s - lse) [T, U], 0 where hidden; a query that sees nothing has lse -inf, and all of it hidden."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
-    seen = (u[None, :] >= first[:, None]) & (u[None, :] < stop[:, None])
-    return tl.where(seen, tl.exp2(s - (lse * 1.4426950408889634)[:, None]), 0.0)
+def _probabilities(rows, columns, seen, lse, scale, PRECISION: tl.constexpr):
+    """exp(scale · rows columnsᵀ - lse), 0 where not seen; a query that sees nothing has lse -inf, and all of it hidden."""
+    s = tl.dot(rows, tl.trans(columns), input_precision=PRECISION) * (scale * 1.4426950408889634)
+    return tl.where(seen, tl.exp2(s - lse * 1.4426950408889634), 0.0)
 
 
 @triton.jit
@@ -302,7 +301,8 @@ def _backward_queries(
         kept = (u < keys)[:, None] & (column < width)[None, :]
         k = tl.load(k_ptr + u.to(tl.int64)[:, None] * k_row + column[None, :], mask=kept, other=0.0)
         v = tl.load(v_ptr + u.to(tl.int64)[:, None] * v_row + column[None, :], mask=kept, other=0.0)
-        p = _probabilities(q, k, first, stop, lse, u, scale * 1.4426950408889634, PRECISION)
+        seen = (u[None, :] >= first[:, None]) & (u[None, :] < stop[:, None])
+        p = _probabilities(q, k, seen, lse[:, None], scale, PRECISION)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -312,46 +312,48 @@ def _backward_queries(
 
 @triton.jit
 def _backward_keys(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, first_ptr, stop_ptr, from_ptr, to_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, from_ptr, to_ptr, dk_ptr, dv_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row, range_batch,
-    block_batch, heads, group, queries, keys, width, blocks, scale,
+    heads, group, queries, keys, width, blocks, scale,
     BLOCK_T: tl.constexpr, BLOCK_U: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one block of keys of one key head, from all query heads that share it."""
+    """dk and dv of one block of keys of one key head, from all query heads that share it. Scores are [keys, queries]
+    here, as the products want them: turned around, they would go through shared memory."""
     program = tl.program_id(0)
     block = program % blocks
     kv_heads = heads // group
     batch = (program // blocks // kv_heads).to(tl.int64)
     kv_head = (program // blocks % kv_heads).to(tl.int64)
     u = block * BLOCK_U + tl.arange(0, BLOCK_U)
-    column = tl.arange(0, D)
     k_block, inside = _block_of(k_ptr, batch, kv_head, k_batch, k_head, k_row, u, width, keys, D)
-    v_block, _ = _block_of(v_ptr, batch, kv_head, v_batch, v_head, v_row, u, width, keys, D)
+    v_block, inside = _block_of(v_ptr, batch, kv_head, v_batch, v_head, v_row, u, width, keys, D)
     k = tl.load(k_block, mask=inside, other=0.0)
     v = tl.load(v_block, mask=inside, other=0.0)
-    begin = tl.load(from_ptr + batch * block_batch + block) // BLOCK_T * BLOCK_T
-    end = tl.load(to_ptr + batch * block_batch + block)
+    seen_from = tl.load(from_ptr + batch * range_batch + u, mask=u < keys, other=queries)
+    seen_to = tl.load(to_ptr + batch * range_batch + u, mask=u < keys, other=0)
+    begin = tl.min(seen_from, axis=0) // BLOCK_T * BLOCK_T
+    end = tl.max(seen_to, axis=0)
     dk = tl.zeros([BLOCK_U, D], tl.float32)
     dv = tl.zeros([BLOCK_U, D], tl.float32)
-    for member in range(group):
-        head = kv_head * group + member
-        for start in range(begin, end, BLOCK_T):
-            t = start + tl.arange(0, BLOCK_T)
-            there = t < queries
-            q_block, taken = _block_of(q_ptr, batch, head, q_batch, q_head, q_row, t, width, queries, D)
-            do_block, _ = _block_of(do_ptr, batch, head, do_batch, do_head, do_row, t, width, queries, D)
-            q = tl.load(q_block, mask=taken, other=0.0)
-            do = tl.load(do_block, mask=taken, other=0.0)
-            row = (batch * heads + head) * queries + t
-            lse = tl.load(lse_ptr + row, mask=there, other=0.0)
-            delta = tl.load(delta_ptr + row, mask=there, other=0.0)
-            first = tl.load(first_ptr + batch * range_batch + t, mask=there, other=0)
-            stop = tl.load(stop_ptr + batch * range_batch + t, mask=there, other=0)
-            p = _probabilities(q, k, first, stop, lse, u, scale * 1.4426950408889634, PRECISION)
-            dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            ds = p * (dp - delta[:, None])
-            dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
+    steps = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_T)
+    for step in range(group * steps):  # one loop, not two: what a nested one carries would spill between its runs
+        head = kv_head * group + step // steps
+        t = begin + step % steps * BLOCK_T + tl.arange(0, BLOCK_T)
+        there = t < queries
+        q_block, taken = _block_of(q_ptr, batch, head, q_batch, q_head, q_row, t, width, queries, D)
+        do_block, taken = _block_of(do_ptr, batch, head, do_batch, do_head, do_row, t, width, queries, D)
+        q = tl.load(q_block, mask=taken, other=0.0)
+        do = tl.load(do_block, mask=taken, other=0.0)
+        row = (batch * heads + head) * queries + t
+        lse = tl.load(lse_ptr + row, mask=there, other=0.0)
+        delta = tl.load(delta_ptr + row, mask=there, other=0.0)
+        seen = (t[None, :] >= seen_from[:, None]) & (t[None, :] < seen_to[:, None])
+        p = _probabilities(k, q, seen, lse[None, :], scale, PRECISION)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    column = tl.arange(0, D)
     place = ((batch * kv_heads + kv_head) * keys + u).to(tl.int64)[:, None] * width + column[None, :]
     tl.store(dk_ptr + place, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
     tl.store(dv_ptr + place, dv.to(dv_ptr.dtype.element_ty), mask=inside)
@@ -437,21 +439,18 @@ def attend_backward(
     options = tile(width, q.dtype, backward=True)
     first, stop = ranges
     strides = [stride for x in (q, k, v, do) for stride in x.stride()[:3]]
-    tensors = q, k, v, do, lse.contiguous(), delta.contiguous(), first, stop
+    tensors = q, k, v, do, lse.contiguous(), delta.contiguous()
     sizes = heads, heads // kv_heads, queries, keys, width
     blocks = triton.cdiv(queries, options["BLOCK_T"])
     _backward_queries[(blocks * batch * heads,)](
-        *tensors, dq, *strides, per_sample(first), *sizes, blocks, scale, **options
+        *tensors, first, stop, dq, *strides, per_sample(first), *sizes, blocks, scale, **options
     )
     blocks = triton.cdiv(keys, options["BLOCK_U"])
-    begins = torch.arange(0, keys, options["BLOCK_U"], dtype=torch.int32, device=q.device).expand(len(first), -1)
-    begins = begins.contiguous()
-    query_from = torch.searchsorted(stop, begins, right=True, out_int32=True)
-    query_to = torch.searchsorted(first, (begins + options["BLOCK_U"]).clamp_max(keys), out_int32=True)
+    each = torch.arange(keys, dtype=torch.int32, device=q.device).expand(len(first), -1).contiguous()
+    seen_from, seen_to = (torch.searchsorted(x, each, right=True, out_int32=True) for x in (stop, first))
     _backward_keys[(blocks * batch * kv_heads,)](
-        *tensors, query_from, query_to, dk, dv, *strides, per_sample(first), per_sample(query_from), *sizes, blocks,
-        scale, **options,
-    )  # fmt: skip
+        *tensors, seen_from, seen_to, dk, dv, *strides, per_sample(seen_from), *sizes, blocks, scale, **options
+    )
     return dq, dk, dv
 
 

@@ -3,10 +3,9 @@
     grad_norm        (Σ g² over all tensors, whether every g is finite): one read
     cast_and_pack    pieces behind each other in one buffer, cast and scaled on the way: one read and one write
 
-Sums are made in a fixed order: per block of `BLOCK` elements in fp32, blocks in float64. A launch takes all tensors of
-a list at once, however many there are: a table tells every program which block of which tensor it has.
+Sums are made in a fixed order: per block of `BLOCK` elements in fp32, blocks in float64.
 
-Glossary: table [programs, 3] int64: address of a tensor's block, elements in it, place of the first in the bucket
+Glossary: x [n] (any float), a tensor, flattened; parts [blocks] (fp32), Σ x² of each block; bucket [n] (any float)
 """
 
 from collections.abc import Sequence
@@ -30,11 +29,11 @@ def grad_norm(tensors: Sequence[Tensor], *, backend: Backend = "auto") -> tuple[
         wide = torch.promote_types(tensors[0].dtype, torch.float32)
         squares = torch.stack([torch.linalg.vector_norm(t, dtype=wide).double().square() for t in tensors]).sum()
     else:
-        pieces = [tensor.contiguous().view(-1) for tensor in tensors]
-        table = table_of(pieces)
-        parts = torch.empty(len(table), dtype=torch.float32, device=tensors[0].device)
-        if len(table):
-            _squares[(len(table),)](table, parts, pieces[0].new_empty(1), BLOCK=BLOCK, num_warps=8)
+        blocks = [triton.cdiv(tensor.numel(), BLOCK) for tensor in tensors]
+        parts = torch.empty(sum(blocks), dtype=torch.float32, device=tensors[0].device)
+        for tensor, own in zip(tensors, parts.split(blocks), strict=True):
+            if len(own):
+                _squares[(len(own),)](tensor.contiguous(), own, tensor.numel(), BLOCK=BLOCK, num_warps=8)
         squares = parts.double().sum()
     return squares, squares.isfinite()
 
@@ -61,10 +60,13 @@ def cast_and_pack(pieces: Sequence[Tensor], bucket: Tensor, *, scale: float = 1.
             bucket[start : start + piece.numel()].copy_(wide)
             start += piece.numel()
         return bucket
-    flat = [piece.contiguous().view(-1) for piece in pieces]
-    table = table_of(flat)
-    if len(table):
-        _pack[(len(table),)](table, bucket, flat[0].new_empty(1), scale, BLOCK=BLOCK, num_warps=8)
+    start = 0
+    for piece in pieces:
+        if piece.numel():
+            own = bucket[start : start + piece.numel()]
+            blocks = triton.cdiv(piece.numel(), BLOCK)
+            _pack[(blocks,)](piece.contiguous(), own, piece.numel(), scale, BLOCK=BLOCK, num_warps=8)
+        start += piece.numel()
     return bucket
 
 
@@ -76,33 +78,15 @@ def check(op: str, tensors: Sequence[Tensor]) -> None:
         raise ValueError(f"{op}: tensors are {found}; legal: at least one, all of one floating dtype on one device")
 
 
-def table_of(pieces: Sequence[Tensor]) -> Tensor:
-    """See the glossary."""
-    rows, place = [], 0
-    for piece in pieces:
-        for start in range(0, piece.numel(), BLOCK):
-            size = min(BLOCK, piece.numel() - start)
-            rows.append((piece.data_ptr() + start * piece.element_size(), size, place + start))
-        place += piece.numel()
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 3).to(pieces[0].device)
+@triton.jit
+def _squares(x_ptr, parts_ptr, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + place, mask=place < size, other=0.0).to(tl.float32)
+    tl.store(parts_ptr + tl.program_id(0), tl.sum(x * x, axis=0))
 
 
 @triton.jit
-def _squares(table_ptr, parts_ptr, like_ptr, BLOCK: tl.constexpr):
-    program = tl.program_id(0)
-    address = tl.load(table_ptr + program * 3).to(tl.pointer_type(like_ptr.dtype.element_ty))
-    size = tl.load(table_ptr + program * 3 + 1)
-    offset = tl.arange(0, BLOCK)
-    x = tl.load(address + offset, mask=offset < size, other=0.0).to(tl.float32)
-    tl.store(parts_ptr + program, tl.sum(x * x, axis=0))
-
-
-@triton.jit
-def _pack(table_ptr, bucket_ptr, like_ptr, scale, BLOCK: tl.constexpr):
-    program = tl.program_id(0)
-    address = tl.load(table_ptr + program * 3).to(tl.pointer_type(like_ptr.dtype.element_ty))
-    size = tl.load(table_ptr + program * 3 + 1)
-    place = tl.load(table_ptr + program * 3 + 2)
-    offset = tl.arange(0, BLOCK)
-    x = tl.load(address + offset, mask=offset < size, other=0.0).to(tl.float32) * scale
-    tl.store(bucket_ptr + place + offset, x.to(bucket_ptr.dtype.element_ty), mask=offset < size)
+def _pack(x_ptr, bucket_ptr, size, scale, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + place, mask=place < size, other=0.0).to(tl.float32) * scale
+    tl.store(bucket_ptr + place, x.to(bucket_ptr.dtype.element_ty), mask=place < size)

@@ -78,9 +78,8 @@ class _LinearCrossEntropy(Function):
         fused: bool,
     ) -> Tensor:
         counted = (labels_T != ignore_index).sum()
-        scale = 1.0 / counted if reduction == "mean" else torch.ones((), device=x_TH.device)
         wide = torch.promote_types(x_TH.dtype, torch.float32)
-        scale = scale.to(wide)
+        scale = 1.0 / counted.to(wide) if reduction == "mean" else torch.ones((), dtype=wide, device=x_TH.device)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         dx_TH = torch.zeros_like(x_TH) if needs_x else None
         several = len(x_TH) > chunk

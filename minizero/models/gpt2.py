@@ -20,6 +20,7 @@ from minizero.models.layers import (
     INIT_STD,
     CausalAttention,
     Embedding,
+    LayerNorm,
     Linear,
     SummedCrossEntropy,
     positions_and_documents,
@@ -91,7 +92,7 @@ class Transformer(nn.Module):
         self.wpe = Embedding(max_sequence_length, config.hidden_size)
         self.drop = Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.ln_f = LayerNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         forward, longest = running(), self.wpe.num_embeddings
@@ -113,9 +114,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.ln_1 = LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.ln_2 = LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x_BSH: Tensor, documents_BS: Tensor | None = None) -> Tensor:

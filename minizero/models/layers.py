@@ -3,6 +3,8 @@
 Every class that owns parameters has a `reset_parameters()` that draws them from torch's default generator and from
 nothing else. So a model built on the meta device can be given its weights one module at a time, in any order.
 
+Layers with an attribute `kernels` take Triton's kernels or torch's, as it says (see `minizero.kernels.backend`).
+
 Shape suffixes: B batch, S sequence, H hidden, N heads, D head width, V vocabulary.
 """
 
@@ -14,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minizero.kernels import Backend, cross_entropy, flash_attention, layer_norm, rms_norm
+from minizero.kernels.backend import use_triton
+from minizero.kernels.norm import add_rms_norm
 from minizero.models.dropout import Dropout
 from minizero.utils.forward import running
 
@@ -59,6 +64,8 @@ class Embedding(nn.Embedding):
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last dim, in at least fp32 (Zhang & Sennrich, arXiv 1910.07467)."""
 
+    kernels: Backend = "auto"
+
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
@@ -68,10 +75,20 @@ class RMSNorm(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
-    def forward(self, x_BSH: Tensor) -> Tensor:
-        wide_BSH = at_least_fp32(x_BSH)
-        scale_BS1 = torch.rsqrt(wide_BSH.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide_BSH * scale_BS1).to(x_BSH.dtype)
+    def forward(self, x_BSH: Tensor, residual_BSH: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The normed x; given a residual stream, (the normed sum, the sum)."""
+        if residual_BSH is None:
+            return rms_norm(x_BSH, self.weight, self.eps, backend=self.kernels)
+        return add_rms_norm(x_BSH, residual_BSH, self.weight, self.eps, backend=self.kernels)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, over the last dim, by the kernels that were chosen."""
+
+    kernels: Backend = "auto"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return layer_norm(input, self.weight, self.bias, self.eps, backend=self.kernels)
 
 
 class CausalAttention(nn.Module):
@@ -88,6 +105,7 @@ class CausalAttention(nn.Module):
     """
 
     last_product_is_unread: ClassVar[bool] = True
+    kernels: Backend = "auto"
 
     def __init__(self, dropout: float = 0.0, eager: bool = False) -> None:
         super().__init__()
@@ -99,6 +117,8 @@ class CausalAttention(nn.Module):
         return attend(q_BNSD, k_BMSD, v_BMSD, documents_BS).transpose(1, 2).flatten(2)
 
     def _fused(self, q_BNSD: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, documents_BS: Tensor | None) -> Tensor:
+        if use_triton(self.kernels, "attention", q_BNSD, k_BMSD, v_BMSD):
+            return flash_attention(q_BNSD, k_BMSD, v_BMSD, documents_BT=documents_BS, backend=self.kernels)[0]
         mask = None if documents_BS is None else ~hidden(q_BNSD, documents_BS)
         grouped = q_BNSD.shape[1] != k_BMSD.shape[1]
         return F.scaled_dot_product_attention(
@@ -145,15 +165,22 @@ def split_heads(x_BSE: Tensor, head_dim: int) -> Tensor:
 class SummedCrossEntropy(nn.Module):
     """`summed_cross_entropy` as a module: a place for another loss that gives the same numbers."""
 
+    kernels: Backend = "auto"
+
     def forward(self, logits_BSV: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
-        return summed_cross_entropy(logits_BSV, labels_BS)
+        return summed_cross_entropy(logits_BSV, labels_BS, self.kernels)
 
 
-def summed_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+def summed_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, kernels: Backend = "torch") -> tuple[Tensor, Tensor]:
     """(sum of -log p(label) in nats, in at least fp32; number of labels that count, int64), both 0-d.
 
-    A sum and a count, not a mean: only so do ragged micro-batches and ranks add up to exactly the big batch.
+    A sum and a count, not a mean: only so do ragged micro-batches and ranks add up to exactly the big batch. In Triton
+    the logits' memory becomes that of their gradient.
     """
+    if use_triton(kernels, "cross_entropy", logits_BSV):
+        logits_TV, labels_T = logits_BSV.flatten(0, 1), labels_BS.flatten()
+        loss = cross_entropy(logits_TV, labels_T, ignore_index=IGNORED, reduction="sum", in_place=True, backend=kernels)
+        return loss, (labels_T != IGNORED).sum()
     logits_TV, labels_T = at_least_fp32(logits_BSV).flatten(0, 1), labels_BS.flatten()
     loss = F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORED, reduction="sum")
     return loss, (labels_T != IGNORED).sum()

@@ -11,9 +11,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from minizero.config.schema import ModelConfig
+from minizero.kernels import Backend, rope, swiglu
 from minizero.models.layers import (
     CausalAttention,
     Embedding,
@@ -98,9 +98,9 @@ class Decoder(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         x_BSH = self.embed_tokens(input_ids)
         positions, documents_BS = positions_and_documents(input_ids, position_ids)
-        rope = rope_table(positions, self.head_dim, self.rope_theta, x_BSH)
+        angles = rope_table(positions, self.head_dim, self.rope_theta, x_BSH)
         for layer in self.layers:
-            x_BSH = layer(x_BSH, rope, documents_BS)
+            x_BSH = layer(x_BSH, angles, documents_BS)
         return self.norm(x_BSH)
 
 
@@ -117,13 +117,16 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BSH: Tensor, rope: Rope, documents_BS: Tensor | None = None) -> Tensor:
-        x_BSH = x_BSH + self.self_attn(self.input_layernorm(x_BSH), rope, documents_BS)
-        return x_BSH + self.mlp(self.post_attention_layernorm(x_BSH))
+    def forward(self, x_BSH: Tensor, angles: Rope, documents_BS: Tensor | None = None) -> Tensor:
+        attended_BSH = self.self_attn(self.input_layernorm(x_BSH), angles, documents_BS)
+        normed_BSH, x_BSH = self.post_attention_layernorm(attended_BSH, x_BSH)  # of their sum
+        return x_BSH + self.mlp(normed_BSH)
 
 
 class Attention(nn.Module):
     """Causal self-attention; `num_kv_heads` key/value heads serve `num_heads` query heads."""
+
+    kernels: Backend = "auto"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -136,15 +139,18 @@ class Attention(nn.Module):
         self.o_proj = Linear(hidden, hidden, std=0.0)  # a block begins as the identity
         self.attend = CausalAttention(eager=config.attention == "eager")
 
-    def forward(self, x_BSH: Tensor, rope: Rope, documents_BS: Tensor | None = None) -> Tensor:
-        q_BNSD = apply_rope(split_heads(self.q_proj(x_BSH), self.head_dim), rope)
-        k_BMSD = apply_rope(split_heads(self.k_proj(x_BSH), self.head_dim), rope)
+    def forward(self, x_BSH: Tensor, angles: Rope, documents_BS: Tensor | None = None) -> Tensor:
+        q_BNSD = split_heads(self.q_proj(x_BSH), self.head_dim)
+        k_BMSD = split_heads(self.k_proj(x_BSH), self.head_dim)
+        q_BNSD, k_BMSD = rope(q_BNSD, k_BMSD, *angles, backend=self.kernels)
         v_BMSD = split_heads(self.v_proj(x_BSH), self.head_dim)
         return self.o_proj(self.attend(q_BNSD, k_BMSD, v_BMSD, documents_BS))
 
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) · up(x)) (Shazeer, arXiv 2002.05202)."""
+
+    kernels: Backend = "auto"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -154,7 +160,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, config.hidden_size, std=0.0)  # a block begins as the identity
 
     def forward(self, x_BSH: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BSH)) * self.up_proj(x_BSH))
+        return self.down_proj(swiglu(self.gate_proj(x_BSH), self.up_proj(x_BSH), backend=self.kernels))
 
 
 def default_mlp_width(hidden_size: int) -> int:
@@ -172,10 +178,3 @@ def rope_table(positions: Tensor, head_dim: int, theta: float, like: Tensor) -> 
     positions_BS = positions.to(torch.float32).view(-1, positions.shape[-1])
     angle_B1SE = (positions_BS.unsqueeze(-1) * (1.0 / theta**exponent)).unsqueeze(1)
     return angle_B1SE.cos().to(like.dtype), angle_B1SE.sin().to(like.dtype)
-
-
-def apply_rope(x_BNSD: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair (x[d], x[d + D/2]) by its position's angle (RoFormer, arXiv 2104.09864, rotate-half layout)."""
-    cos_B1SE, sin_B1SE = rope
-    first, second = x_BNSD.chunk(2, dim=-1)
-    return torch.cat((first * cos_B1SE - second * sin_B1SE, second * cos_B1SE + first * sin_B1SE), dim=-1)

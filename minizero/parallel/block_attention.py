@@ -9,7 +9,8 @@ sum it divided by (Milakov & Gimelshein, arXiv 1805.02867; FlashAttention-2, arX
 Backward needs only the joined lse: P = exp(s - lse), dv = Pᵀ do, ds = P ∘ (do vᵀ - δ), δ = rowsum(do ∘ out), and so
 dq = scale · ds k, dk = scale · dsᵀ q.
 
-Work goes by tiles of `ROWS` queries, so that no matrix of all queries by all keys ever exists.
+On a GPU the kernels of `minizero.kernels.flash_attention` do this; what follows does it in torch. Work goes by tiles of
+`ROWS` queries, so that no matrix of all queries by all keys ever exists.
 
 Shape suffixes: B batch, N query heads, M key/value heads, G = N / M, T queries, U keys, D head width, R rows of a tile
 (queries of all G heads of a group behind each other).
@@ -22,6 +23,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from minizero.kernels.backend import Backend, use_triton
+from minizero.kernels.flash_attention import attend as attend_in_triton
+from minizero.kernels.flash_attention import attend_backward as attend_backward_in_triton
+from minizero.kernels.flash_attention import ranges_of
 
 ROWS = 256  # queries of a tile: enough for the matrix products to be efficient
 
@@ -50,6 +56,17 @@ class Mask:
             hidden = other_BTU[:, None, None] if hidden is None else hidden | other_BTU[:, None, None]
         return hidden
 
+    def ranges(self, q_BNTD: Tensor, k_BMUD: Tensor) -> tuple[Tensor, Tensor]:
+        """The same as a range of keys per query: see `minizero.kernels.flash_attention`."""
+        return ranges_of(
+            q_BNTD.shape[2],
+            k_BMUD.shape[2],
+            q_BNTD.device,
+            causal=self.causal,
+            documents_BT=self.queries_BT,
+            documents_BU=self.keys_BU,
+        )
+
 
 def wide(x: Tensor) -> Tensor:
     """16-bit values in fp32, others as they are."""
@@ -76,8 +93,12 @@ def scores(q_BMRD: Tensor, k_BMUD: Tensor, scale: float, hidden: Tensor | None, 
     return s_BMRU
 
 
-def attend(q_BNTD: Tensor, k_BMUD: Tensor, v_BMUD: Tensor, scale: float, mask: Mask) -> tuple[Tensor, Tensor]:
+def attend(
+    q_BNTD: Tensor, k_BMUD: Tensor, v_BMUD: Tensor, scale: float, mask: Mask, kernels: Backend = "torch"
+) -> tuple[Tensor, Tensor]:
     """(out (B, N, T, D), lse (B, N, T)) in at least fp32; a query that sees no key has out 0 and lse -inf."""
+    if use_triton(kernels, "attention", q_BNTD, k_BMUD, v_BMUD):
+        return attend_in_triton(q_BNTD, k_BMUD, v_BMUD, mask.ranges(q_BNTD, k_BMUD), scale, torch.float32)
     k_BMUD, v_BMUD = wide(k_BMUD), wide(v_BMUD)
     kv_heads = k_BMUD.shape[1]
     out_BNTD = q_BNTD.new_empty(q_BNTD.shape, dtype=k_BMUD.dtype)
@@ -114,12 +135,22 @@ def attend_backward(
     scale: float,
     mask: Mask,
     into: tuple[Tensor, Tensor, Tensor],
+    kernels: Backend = "torch",
 ) -> None:
     """Add this block's gradients to `into` = (dq (B, N, T, D), dk, dv (B, M, U, D)), all in at least fp32.
 
     Args:
         grad_BNTD: of the joined output. lse_BNT: the joined one. delta_BNT: rowsum(grad ∘ joined output).
+        kernels: see `minizero.kernels`.
     """
+    if use_triton(kernels, "attention", q_BNTD, k_BMUD, v_BMUD):
+        ranges = mask.ranges(q_BNTD, k_BMUD)
+        more = attend_backward_in_triton(
+            q_BNTD, k_BMUD, v_BMUD, grad_BNTD, lse_BNT, delta_BNT, ranges, scale, torch.float32
+        )
+        for total, part in zip(into, more, strict=True):
+            total += part
+        return
     k_BMUD, v_BMUD = wide(k_BMUD), wide(v_BMUD)
     kv_heads = k_BMUD.shape[1]
     dq_BNTD, dk_BMUD, dv_BMUD = into

@@ -38,6 +38,8 @@ from torch.nn import functional as F
 
 from minizero.dist.collectives import Communicator
 from minizero.dist.sharding import split_sizes
+from minizero.kernels import Backend, flash_attention
+from minizero.kernels.backend import use_triton
 from minizero.parallel.block_attention import Mask, attend, attend_backward, join, wide
 from minizero.utils.forward import running
 
@@ -49,11 +51,12 @@ class ContextAxis:
     """The context-parallel axis as attention sees it.
 
     Attributes:
-        comm: its collectives. method: how attention brings the parts together.
+        comm: its collectives. method: how attention brings the parts together. kernels: see `minizero.kernels`.
     """
 
     comm: Communicator
     method: Method
+    kernels: Backend = "auto"
 
     def positions(self, total: int, rank: int, device: torch.device) -> Tensor:
         """int64 [L]: which of `total` positions `rank` holds, in the order in which it holds them."""
@@ -67,9 +70,9 @@ class ContextAxis:
         """Causal attention of this rank's queries to the whole sequence: (B, N, L, D)."""
         forward = running()
         assert forward is not None and forward.positions_L is not None, "no sequence was cut at the model's entry"
-        if self.method == "ring":
-            return ring_attention(q_BNLD, k_BMLD, v_BMLD, self.comm, forward.total, scale, forward.documents_BS, unit)
-        return ulysses_attention(q_BNLD, k_BMLD, v_BMLD, self.comm, forward.total, scale, forward.documents_BS, unit)
+        attention = ring_attention if self.method == "ring" else ulysses_attention
+        documents = forward.documents_BS
+        return attention(q_BNLD, k_BMLD, v_BMLD, self.comm, forward.total, scale, documents, unit, self.kernels)
 
 
 class ContextAttention(nn.Module):
@@ -151,6 +154,7 @@ class _RingAttention(Function):
         scale: float,
         documents: list[Tensor] | None,
         unit: str,
+        kernels: Backend,
     ) -> Tensor:
         rank, ring = (comm.rank if comm else 0), Ring(comm.size if comm else 1, total)
         out_BNLD = lse_BNL = None
@@ -163,7 +167,7 @@ class _RingAttention(Function):
             for queries, keys, diagonal in ring.visible(rank, owner):
                 mask = mask_of(documents, rank, owner, queries, keys, diagonal)
                 q, k, v = q_BNLD[:, :, queries], block[0][:, :, keys], block[1][:, :, keys]
-                more, more_lse = attend(q, k, v, scale, mask)
+                more, more_lse = attend(q, k, v, scale, mask, kernels)
                 if out_BNLD is None or lse_BNL is None:
                     out_BNLD = more.new_empty(q_BNLD.shape)
                     lse_BNL = more.new_empty(q_BNLD.shape[:-1])
@@ -177,6 +181,7 @@ class _RingAttention(Function):
         out_BNLD = out_BNLD.to(q_BNLD.dtype)
         ctx.save_for_backward(q_BNLD, k_BMLD, v_BMLD, out_BNLD, lse_BNL)
         ctx.comm, ctx.ring, ctx.scale, ctx.documents, ctx.unit = comm, ring, scale, documents, unit
+        ctx.kernels = kernels
         return out_BNLD
 
     @staticmethod
@@ -202,7 +207,7 @@ class _RingAttention(Function):
                 q, k, v = q_BNLD[:, :, queries], block[0][:, :, keys], block[1][:, :, keys]
                 grad, lse, delta = (x[:, :, queries] for x in (grad_BNLD, lse_BNL, delta_BNL))
                 into = dq_BNLD[:, :, queries], sums[0][:, :, keys], sums[1][:, :, keys]
-                attend_backward(q, k, v, grad, lse, delta, ctx.scale, mask, into)
+                attend_backward(q, k, v, grad, lse, delta, ctx.scale, mask, into, ctx.kernels)
             if step == 0:
                 own = sums
             else:
@@ -216,7 +221,7 @@ class _RingAttention(Function):
         dk_BMLD, dv_BMLD = own
         return (
             dq_BNLD.to(q_BNLD.dtype), dk_BMLD.to(k_BMLD.dtype), dv_BMLD.to(v_BMLD.dtype),
-            None, None, None, None, None,
+            None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -245,6 +250,7 @@ def ring_attention(
     scale: float,
     documents_BS: Tensor | None = None,
     unit: str = "attention",
+    kernels: Backend = "auto",
 ) -> Tensor:
     """Causal attention of this rank's queries to a sequence of which every rank of `comm` holds two chunks.
 
@@ -253,7 +259,8 @@ def ring_attention(
         comm: the ring; None: this rank holds everything.
         total: S. scale: of the scores.
         documents_BS: of the whole sequence in its own order, the same on all ranks: positions of different documents
-            do not see each other.
+            do not see each other. In Triton they may not decrease along the sequence.
+        kernels: see `minizero.kernels`.
 
     Returns (B, N, L, D) in the dtype of q. Memory: this rank's part, one more block, and tiles of scores.
     """
@@ -262,7 +269,7 @@ def ring_attention(
         size = comm.size if comm else 1
         chunks = documents_BS.split(split_sizes(total, 2 * size), dim=1)
         documents = [torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=1) for rank in range(size)]
-    return _RingAttention.apply(q_BNLD, k_BMLD, v_BMLD, comm, total, scale, documents, unit)
+    return _RingAttention.apply(q_BNLD, k_BMLD, v_BMLD, comm, total, scale, documents, unit, kernels)
 
 
 # ---- Ulysses ----
@@ -372,6 +379,7 @@ def ulysses_attention(
     scale: float,
     documents_BS: Tensor | None = None,
     unit: str = "attention",
+    kernels: Backend = "auto",
 ) -> Tensor:
     """`ring_attention` by all-to-alls; ranks hold consecutive parts of the sequence."""
     num_heads, num_kv_heads = q_BNLD.shape[1], k_BMLD.shape[1]
@@ -382,10 +390,12 @@ def ulysses_attention(
     if kv_of_query != [query // each for query in range(len(kv_of_query))]:  # groups of unequal size
         chosen = torch.tensor(kv_of_query, device=q_BNSD.device)
         k_BMSD, v_BMSD = k_BMSD.index_select(1, chosen), v_BMSD.index_select(1, chosen)
-    if documents_BS is None:
+    if use_triton(kernels, "attention", q_BNSD, k_BMSD, v_BMSD):
+        out_BNSD, _ = flash_attention(q_BNSD, k_BMSD, v_BMSD, documents_BT=documents_BS, scale=scale, backend=kernels)
+    elif documents_BS is None:
         out_BNSD = F.scaled_dot_product_attention(
             q_BNSD, k_BMSD, v_BMSD, is_causal=True, scale=scale, enable_gqa=q_BNSD.shape[1] != k_BMSD.shape[1]
         )
     else:
-        out_BNSD = ring_attention(q_BNSD, k_BMSD, v_BMSD, None, total, scale, documents_BS)
+        out_BNSD = ring_attention(q_BNSD, k_BMSD, v_BMSD, None, total, scale, documents_BS, unit, kernels)
     return _HeadsToSequence.apply(out_BNSD, comm, plan, unit)

@@ -255,7 +255,7 @@ class PlanApplication:
         foreign = has_causal_loss(self.model)
         if foreign:
             model: Any = self.model
-            model.loss_function = ShiftedVocabParallelLoss(comm, shard)
+            model.loss_function = ShiftedVocabParallelLoss(comm, shard, self.axis.kernels)
         else:
             self.model.loss = VocabParallelLoss(comm, shard)
 

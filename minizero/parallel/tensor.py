@@ -23,11 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from minizero.dist import conjugate
-from minizero.dist.collectives import Communicator
+from minizero.dist.collectives import Communicator, sum_in_order
 from minizero.dist.sharding import TensorShard, split_sizes
+from minizero.kernels.backend import Backend, use_triton
+from minizero.kernels.cross_entropy import gradient, statistics
 from minizero.parallel.linear import Anchor, anchor, linear
 from minizero.parallel.random import draw_from
 from minizero.utils.forward import running
@@ -38,11 +41,12 @@ class TensorAxis:
     """The tensor-parallel axis as the layers see it.
 
     Attributes:
-        comm: its collectives. sequence: whether regions are sequence parallel.
+        comm: its collectives. sequence: whether regions are sequence parallel. kernels: see `minizero.kernels`.
     """
 
     comm: Communicator
     sequence: bool = False
+    kernels: Backend = "auto"
 
     @property
     def length(self) -> int:
@@ -163,6 +167,43 @@ class VocabParallelEmbedding(nn.Module):
 # ---- the loss, where logits are never gathered ----
 
 
+class _FusedVocabParallelCrossEntropy(Function):
+    """Loss per token by the kernels of `minizero.kernels.cross_entropy`; saves the logits and two numbers per token."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_TV: Tensor,
+        labels_T: Tensor,
+        comm: Communicator,
+        shard: TensorShard,
+        smoothing: float,
+        z: float,
+        in_place: bool,
+    ) -> Tensor:
+        ((first, _),) = shard.ranges[shard.rank]
+        vocab, unit = shard.shape[0], "cross entropy"
+        parts = comm.gather_rows(statistics(logits_TV, labels_T, first, sums=smoothing > 0), unit)  # [ranks, 4, T]
+        highest_T = parts[:, 0].amax(dim=0)
+        total_T = sum_in_order([part[1] * (part[0] - highest_T).exp() for part in parts])
+        target_T, sums_T = sum_in_order([part[2] for part in parts]), sum_in_order([part[3] for part in parts])
+        lse_T = highest_T + total_T.log()
+        ctx.save_for_backward(logits_TV, labels_T, highest_T, total_T)
+        ctx.first, ctx.vocab, ctx.settings, ctx.in_place = first, vocab, (smoothing, z, 0.0), in_place
+        return lse_T - (1 - smoothing) * target_T - smoothing / vocab * sums_T + z * lse_T.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        logits_TV, labels_T, highest_T, total_T = ctx.saved_tensors  # raises when they were written over before
+        in_place = ctx.in_place and logits_TV.stride(-1) == 1
+        numbers = highest_T, total_T, grads[0].float(), ctx.first, ctx.vocab, ctx.settings
+        grad_TV = gradient(logits_TV, labels_T, *numbers, in_place=in_place)
+        if in_place:
+            torch.autograd.graph.increment_version(logits_TV)
+        return grad_TV, None, None, None, None, None, None, None
+
+
 class _VocabParallelCrossEntropy(Function):
     """Loss per token; see `vocab_parallel_cross_entropy`. Saves the local softmax; backward makes it the gradient."""
 
@@ -218,6 +259,8 @@ def vocab_parallel_cross_entropy(
     ignored: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    in_place: bool = False,
+    kernels: Backend = "auto",
 ) -> Tensor:
     """-log softmax(logits)[label] per token, in at least fp32, 0 where the label is `ignored`; never gathers logits.
 
@@ -226,9 +269,17 @@ def vocab_parallel_cross_entropy(
         shard: how the head's rows (the vocabulary) are cut.
         label_smoothing: ε of Szegedy et al. (arXiv 1512.00567): the target is (1 - ε) one-hot + ε / V.
         z_loss: factor of log² Z (PaLM, arXiv 2204.02311).
+        in_place: in Triton the gradient may take the logits' memory: nothing else reads them.
 
-    Three numbers per token cross between ranks: the largest logit, then Σ exp and the label's logit.
+    A few numbers per token cross between ranks: the largest logit, Σ exp, the label's logit, and for smoothing Σ.
     """
+    if use_triton(kernels, "vocab_parallel_cross_entropy", logits_TV):
+        counted_T = labels_T != ignored
+        safe_T = labels_T.masked_fill(~counted_T, 0)
+        loss_T = _FusedVocabParallelCrossEntropy.apply(
+            logits_TV, safe_T, comm, shard, label_smoothing, z_loss, in_place
+        )
+        return loss_T.masked_fill(~counted_T, 0.0)
     wide_TV = logits_TV.float() if logits_TV.dtype in (torch.float16, torch.bfloat16) else logits_TV
     counted_T = labels_T != ignored
     safe_T = labels_T.masked_fill(~counted_T, 0)
@@ -244,8 +295,8 @@ class ShiftedVocabParallelLoss:
 
     __name__ = "ForCausalLMLoss"  # by which `parallel.foreign` knows that a model computes this loss
 
-    def __init__(self, comm: Communicator, shard: TensorShard) -> None:
-        self.comm, self.shard = comm, shard
+    def __init__(self, comm: Communicator, shard: TensorShard, kernels: Backend = "auto") -> None:
+        self.comm, self.shard, self.kernels = comm, shard, kernels
 
     def __call__(
         self,
@@ -261,7 +312,7 @@ class ShiftedVocabParallelLoss:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
         labels_T = shift_labels.flatten()
         loss_T = vocab_parallel_cross_entropy(
-            logits.flatten(0, 1), labels_T, self.comm, self.shard, ignored=ignore_index
+            logits.flatten(0, 1), labels_T, self.comm, self.shard, ignored=ignore_index, kernels=self.kernels
         )
         return loss_T.sum() / ((labels_T != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch)
 
@@ -269,11 +320,15 @@ class ShiftedVocabParallelLoss:
 class VocabParallelLoss(nn.Module):
     """(sum of the losses, number of labels that count) from cut logits: what our models' loss is over whole ones."""
 
+    kernels: Backend = "auto"
+
     def __init__(self, comm: Communicator, shard: TensorShard) -> None:
         super().__init__()
         self.comm, self.shard = comm, shard
 
     def forward(self, logits_BSV: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
         labels_T = labels_BS.flatten()
-        loss_T = vocab_parallel_cross_entropy(logits_BSV.flatten(0, 1), labels_T, self.comm, self.shard)
+        loss_T = vocab_parallel_cross_entropy(
+            logits_BSV.flatten(0, 1), labels_T, self.comm, self.shard, in_place=True, kernels=self.kernels
+        )
         return loss_T.sum(), (labels_T != -100).sum()

@@ -56,6 +56,7 @@ class FlatGroup:
         self.frees_whole = policy.shards_parameters and world > 1
         self.owned_ranks = (rank,) if policy.shards_optimizer else tuple(range(world))
         self.grad: Tensor | None = None
+        self.is_published = False  # what computes has the updated masters already
         self.counts = True
         self.sums_over: tuple[int, ...] = (0,)
         if tensor is not None:
@@ -164,10 +165,29 @@ class FlatGroup:
         """
         if self.master is None:
             return 0
-        target = self.shard if self.master.numel() == self.shard.numel() else self.flat
-        if target.data_ptr() != self.master.data_ptr():
+        target = self._published()
+        if target.data_ptr() != self.master.data_ptr() and not self.is_published:
             target.copy_(self.master, non_blocking=True)
+        self.is_published = False
         return target.nbytes if target.device != self.master.device else 0
+
+    def _published(self) -> Tensor:
+        """[S] or [N * S] (compute): what follows the master."""
+        assert self.master is not None
+        return self.shard if self.master.numel() == self.shard.numel() else self.flat
+
+    def stretch(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(master, gradient, what follows the master) of owned spans [first, last), as whole stretches.
+
+        The third is None where it is the master itself.
+        """
+        assert self.master is not None and self.grad is not None
+        views = self.master_views()
+        begin = views[first].storage_offset() - self.master.storage_offset()
+        end = begin + sum(view.numel() for view in views[first:last])
+        narrow = self._published()
+        same = narrow.data_ptr() == self.master.data_ptr()
+        return self.master[begin:end], self.grad[begin:end], None if same else narrow[begin:end]
 
     # ---- whole and sharded ----
 

@@ -12,16 +12,19 @@ same exchange carries token counts and losses, so a step has one small collectiv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minizero.kernels import Backend, grad_norm
 from minizero.optim.build import ELEMENT_WISE
+from minizero.optim.fused_adamw import FusedAdamW
 from minizero.optim.loss_scale import LossScaler
 from minizero.utils.warnings import warn_once
+from minizero.zero.flat import FlatGroup
 from minizero.zero.runtime import ZeroRuntime
 
 NORM_ROW = 4096  # elements summed in fp32 (or wider gradients' dtype) before float64 takes over
@@ -88,6 +91,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         scaler: fp16 loss scaling.
         clip: largest global gradient norm; 0 for none.
         allow_untested: accept an `inner` that is not known to be element-wise.
+        kernels: "triton" or "torch", for the norm.
 
     Raises ValueError for an optimizer that is not element-wise, has stepped already, or holds foreign parameters.
     """
@@ -100,8 +104,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         scaler: LossScaler,
         clip: float,
         allow_untested: bool = False,
+        kernels: Backend = "torch",
     ) -> None:
         self.inner = inner
+        self.kernels = kernels
         self.runtime = runtime
         self.scaler = scaler
         self.clip = clip
@@ -115,6 +121,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.param_groups = inner.param_groups
         self.state = inner.state
         self.is_complete = True
+
+    @property
+    def rule(self) -> str:
+        """The name of the update; who computes it does not matter to a checkpoint."""
+        return "AdamW" if isinstance(self.inner, FusedAdamW) else type(self.inner).__name__
 
     def _shard_param_groups(self) -> None:
         """Replace each group's parameters by this rank's slices of them, in flat order."""
@@ -204,7 +215,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         tokens = window.tokens.double() if window.tokens is not None else zero
         loss = window.loss if window.loss is not None else zero
         own = [
-            sum((squared_norm(g.grad_shard()) for g in unit.groups if g.trainable and g.counts), start=zero)
+            sum((self._squared_norm(g.grad_shard()) for g in unit.groups if g.trainable and g.counts), start=zero)
             for unit in self.runtime.units
         ]
         own += [tokens.to(device), loss.to(device)]
@@ -216,6 +227,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         squares_here = math.fsum(squares) if all(map(math.isfinite, squares)) else math.nan
         total = Total(squares_here, math.fsum(rows[:, -2].tolist()), window.tokens is not None, rows[:, -1].tolist())
         return squares, total if self.runtime.pipeline is None else self._over_stages(total, window)
+
+    def _squared_norm(self, values: Tensor) -> Tensor:
+        if self.kernels == "triton" and values.dtype != torch.float64:
+            return grad_norm([values], backend="triton")[0]
+        return squared_norm(values)
 
     def _over_stages(self, total: Total, window: Window) -> Total:
         """The whole pipeline's: norms of all stages; tokens and losses of the last one, which alone has any."""
@@ -248,6 +264,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _update(self, factor: float) -> int:
         """Scale this rank's gradients and let the inner optimizer update its slices; bytes moved between devices."""
+        if isinstance(self.inner, FusedAdamW):
+            return self._update_stretches(self.inner, factor)
         moved = 0
         for group in self.runtime.groups:
             if group.grad is not None and group.master is not None:
@@ -260,6 +278,38 @@ class ZeroOptimizer(torch.optim.Optimizer):
             moved += piece.grad.nbytes if piece.device != gradient.device else 0
         self.inner.step()
         return moved
+
+    def _update_stretches(self, inner: FusedAdamW, factor: float) -> int:
+        """The same where whole stretches of a flat group are updated at once, and followed by what computes."""
+        scale = torch.tensor(factor, dtype=torch.float32, device=self.runtime.device)
+        for group, first, pieces, options in self._stretches():
+            if group.grad is not None:
+                master, grad, narrow = group.stretch(first, first + len(pieces))
+                inner.step_over(pieces, options, master, grad, scale, narrow)
+        for group in self.runtime.groups:
+            group.is_published = group.grad is not None and self._covers(group)
+        return 0
+
+    def _stretches(self) -> Iterator[tuple[FlatGroup, int, list[nn.Parameter], dict[str, Any]]]:
+        """(flat group, place of the first slice in it, slices behind each other, their param group)."""
+        options_of = {piece: options for options in self.inner.param_groups for piece in options["params"]}
+        stretch: tuple[FlatGroup, int, list[nn.Parameter], dict[str, Any]] | None = None
+        for piece, group, place in self.slices:
+            options = options_of.get(piece)
+            follows = stretch is not None and stretch[0] is group and stretch[3] is options
+            if stretch is not None and not (follows and place == stretch[1] + len(stretch[2])):
+                yield stretch
+                stretch = None
+            if options is not None:
+                stretch = stretch or (group, place, [], options)
+                stretch[2].append(piece)
+        if stretch is not None:
+            yield stretch
+
+    def _covers(self, group: FlatGroup) -> bool:
+        """Whether every slice of `group` is in a param group, and so was written."""
+        known = {piece for options in self.inner.param_groups for piece in options["params"]}
+        return all(piece in known for piece, owner, _ in self.slices if owner is group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the running window and its gradients."""
@@ -280,7 +330,7 @@ def refuse_unfit(inner: torch.optim.Optimizer, allow_untested: bool) -> None:
     name = type(inner).__name__
     if any(not isinstance(inner, torch.optim.Adagrad) or state["step"] > 0 for state in inner.state.values()):
         raise ValueError(f"{name} has optimizer state already; give minizero an optimizer before its first step")
-    if type(inner) in ELEMENT_WISE.values():
+    if type(inner) in (*ELEMENT_WISE.values(), FusedAdamW):
         return
     if not allow_untested:
         raise ValueError(
