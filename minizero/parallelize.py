@@ -128,9 +128,12 @@ def parallelize(
 
 
 def refuse_kernels(kernels: Backend, device: torch.device) -> None:
-    """Raise ValueError where Triton's kernels are asked for, and cannot run."""
-    if kernels == "triton" and (reason := obstacle(device)):
+    """Raise ValueError where Triton's kernels are asked for, and cannot run; say where a GPU does without them."""
+    reason = "" if kernels == "torch" else obstacle(device)
+    if reason and kernels == "triton":
         raise ValueError(f"kernels triton: {reason}; legal here: auto, torch")
+    if reason and device.type == "cuda":
+        warn_once(f"kernels auto: {reason}, so fused operations run in torch")
 
 
 def refuse_cut(model: nn.Module) -> None:

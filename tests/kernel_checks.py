@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,7 @@ Results = dict[str, Tensor]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TIMES = 1.5  # ours may be this many times as wrong as whoever is beside it
+WORST = {torch.float32: 1e-2, torch.bfloat16: 0.1, torch.float16: 1e-2, torch.float64: 1e-10}  # of a rival
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
@@ -60,9 +62,11 @@ def floor(found: Tensor, exact: Tensor) -> float:
 
 def close(found: Tensor, exact: Tensor, rival: Tensor, name: str = "") -> None:
     """`found` is no more than TIMES as far from `exact` as the rival, or as `exact` itself rounded, and the floor."""
-    best = max(error(rival, exact), error(exact.to(found.dtype), exact))
+    theirs = error(rival, exact)
+    assert theirs <= WORST[rival.dtype], f"{name}: the rival is no measure, its error is {theirs:.2e}"
+    best = max(theirs, error(exact.to(found.dtype), exact))
     ours, allowed = error(found, exact), TIMES * best + floor(found, exact)
-    assert ours <= allowed, f"{name}: error {ours:.2e}, allowed {allowed:.2e} (rival {error(rival, exact):.2e})"
+    assert ours <= allowed, f"{name}: error {ours:.2e}, allowed {allowed:.2e} (rival {theirs:.2e})"
 
 
 # ---- running an op ----
@@ -97,10 +101,18 @@ def run(
 
 
 def parity(
-    op: Op, inputs: Sequence[Tensor], dtype: torch.dtype, kind: str = "random", rivals: Sequence[Op] = ()
+    op: Op,
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    kind: str = "random",
+    rivals: Sequence[Op] = (),
+    truth: Op | None = None,
 ) -> None:
-    """Triton's outputs and gradients beside those of torch in the same dtype, and beside `rivals`."""
-    exact = run(op, inputs, dtype, torch.float64, kind, backend="torch")
+    """Triton's outputs and gradients beside those of torch in the same dtype, and beside `rivals`.
+
+    Exact is what `truth` makes of float64, where it is given: it has no part in common with `op`.
+    """
+    exact = run(truth or partial(op, backend="torch"), inputs, dtype, torch.float64, kind)
     eager = run(op, inputs, dtype, dtype, kind, backend="torch")
     found = run(op, inputs, dtype, dtype, kind, backend="triton")
     others = [run(rival, inputs, dtype, dtype, kind) for rival in rivals]
@@ -116,7 +128,7 @@ def oracle(op: Op, reference: Op, inputs: Sequence[Tensor], tolerance: float = 1
     ours = run(op, inputs, torch.float64, torch.float64, backend="torch")
     theirs = run(reference, inputs, torch.float64, torch.float64)
     for name, value in ours.items():
-        assert error(value, theirs[name]) <= tolerance, (name, error(value, theirs[name]))
+        torch.testing.assert_close(value, theirs[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
 def compiles(op: Op, inputs: Sequence[Tensor], tolerance: float = 1e-6) -> None:

@@ -211,6 +211,20 @@ def test_kernels_that_cannot_run_are_refused_on_every_rank():
     refused_everywhere(ask_for_triton, 2, "kernels triton: tensors are on cpu.*legal here: auto, torch")
 
 
+def test_a_gpu_without_triton_says_so_once(monkeypatch):
+    import minizero.kernels.backend as backend
+    from minizero.parallelize import refuse_kernels
+
+    monkeypatch.setattr(backend, "TROUBLE", "Triton is not installed (no module)")
+    backend.obstacle.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="Triton is not installed.*run in torch"):
+            refuse_kernels("auto", torch.device("cuda"))
+        refuse_kernels("torch", torch.device("cuda"))
+    finally:
+        backend.obstacle.cache_clear()
+
+
 def test_doctor_runs_every_kernel():
     out = io.StringIO()
     with contextlib.redirect_stdout(out):

@@ -199,10 +199,10 @@ def _statistics(
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row) - first
     row_ptr = logits_ptr + row * stride
-    highest, total, sums = _row_statistics(row_ptr, columns, cap, LOWEST, BLOCK, CAP, SUMS)
     here = (label >= 0) & (label < columns)
     target = tl.load(row_ptr + label, mask=here, other=0.0).to(tl.float32)
     target, _ = _capped(target, cap, CAP)
+    highest, total, sums = _row_statistics(row_ptr, columns, cap, LOWEST, BLOCK, CAP, SUMS)
     tl.store(out_ptr + row, highest)
     tl.store(out_ptr + rows + row, total)
     tl.store(out_ptr + 2 * rows + row, tl.where(here, target, 0.0))

@@ -7,8 +7,8 @@
 **What a query sees is a range of keys** [first, stop): causality, a sliding window and packed documents all come to
 that, and so does any mix of them. Two int32 numbers per query are all the kernels know of masks. Between the largest
 `first` and the smallest `stop` of a block of queries nothing is hidden, so those blocks of keys are taken without
-looking; blocks that nobody sees are not taken at all. Ranges may only move forward along the queries, which is what
-lets backward find the queries that see a block of keys.
+looking; blocks that nobody sees are not taken at all. Ranges may only move forward along the queries, so that the
+queries that see a key are a range too, which is what backward over keys is given.
 
 Backward is two kernels, one over blocks of queries for dq and one over blocks of keys for dk and dv, which also adds up
 the query heads that share a key head: scores are computed twice, and nothing is added atomically, so the bits are the
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from minizero.kernels.backend import Backend, tl, triton, use_triton
+from minizero.kernels.backend import INTERPRETED, Backend, tl, triton, use_triton
 
 LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
 WIDEST = 256  # head width
@@ -262,7 +262,7 @@ def _delta(
 
 @triton.jit
 def _probabilities(rows, columns, seen, lse, scale, PRECISION: tl.constexpr):
-    """exp(scale · rows columnsᵀ - lse), 0 where not seen; a query that sees nothing has lse -inf, and all of it hidden."""
+    """exp(scale · rows columnsᵀ - lse), 0 where not seen: there lse may be -inf."""
     s = tl.dot(rows, tl.trans(columns), input_precision=PRECISION) * (scale * 1.4426950408889634)
     return tl.where(seen, tl.exp2(s - lse * 1.4426950408889634), 0.0)
 
@@ -336,9 +336,9 @@ def _backward_keys(
     dk = tl.zeros([BLOCK_U, D], tl.float32)
     dv = tl.zeros([BLOCK_U, D], tl.float32)
     steps = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_T)
-    for step in range(group * steps):  # one loop, not two: what a nested one carries would spill between its runs
-        head = kv_head * group + step // steps
-        t = begin + step % steps * BLOCK_T + tl.arange(0, BLOCK_T)
+    for step in range(group * steps):  # one loop, not two: what an outer one carries from run to run would spill
+        head = kv_head * group + step // tl.maximum(steps, 1)  # loads are begun ahead, also where there is no step
+        t = begin + step % tl.maximum(steps, 1) * BLOCK_T + tl.arange(0, BLOCK_T)
         there = t < queries
         q_block, taken = _block_of(q_ptr, batch, head, q_batch, q_head, q_row, t, width, queries, D)
         do_block, taken = _block_of(do_ptr, batch, head, do_batch, do_head, do_row, t, width, queries, D)
@@ -362,16 +362,35 @@ def _backward_keys(
 # ---- launches ----
 
 
-def tile(width: int, dtype: torch.dtype, backward: bool) -> dict[str, Any]:
-    """Block sizes, warps and stages by head width and dtype, such that nothing spills (see tests)."""
+# Queries, keys and stages of a tile: forward, backward over queries, backward over keys. By the head width up to which
+# they hold, they are the largest that neither spill nor ask for more shared memory than there is (see tests).
+TILES = {
+    "227 KB": {
+        64: ((128, 128, 3), (128, 64, 2), (64, 128, 2)),
+        128: ((128, 64, 3), (128, 64, 2), (32, 128, 2)),
+        256: ((128, 32, 2), (128, 32, 2), (32, 32, 2)),
+    },
+    "99 KB": {
+        64: ((128, 64, 3), (128, 64, 2), (64, 128, 2)),
+        128: ((128, 32, 3), (128, 32, 2), (32, 64, 2)),
+        256: ((64, 32, 2), (32, 32, 2), (32, 32, 2)),
+    },
+    "fp32": {
+        64: ((32, 32, 1), (32, 32, 1), (32, 32, 1)),
+        256: ((16, 32, 1), (16, 32, 1), (16, 32, 1)),
+    },
+}
+FORWARD, QUERIES, KEYS = range(3)
+TILE_OF_DELTA = 2048  # elements
+
+
+def tile(kernel: int, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Block sizes, warps and stages of FORWARD, QUERIES or KEYS."""
+    large = not INTERPRETED and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    table = TILES["fp32" if dtype == torch.float32 else "227 KB" if large else "99 KB"]
+    queries, keys, stages = table[min(limit for limit in table if limit >= width)][kernel]
     D = max(16, triton.next_power_of_2(width))
-    if dtype == torch.float32:
-        return dict(BLOCK_T=32, BLOCK_U=32, D=D, PRECISION="ieee", num_warps=4, num_stages=1)
-    if backward:
-        return dict(BLOCK_T=64, BLOCK_U=64, D=D, PRECISION="ieee", num_warps=4 if D <= 64 else 8, num_stages=2)
-    if D > 128:
-        return dict(BLOCK_T=64, BLOCK_U=32, D=D, PRECISION="ieee", num_warps=4, num_stages=2)
-    return dict(BLOCK_T=128, BLOCK_U=64, D=D, PRECISION="ieee", num_warps=4 if D <= 64 else 8, num_stages=3)
+    return dict(BLOCK_T=queries, BLOCK_U=keys, D=D, PRECISION="ieee", num_warps=8, num_stages=stages)
 
 
 def with_rows(x: Tensor) -> Tensor:
@@ -392,7 +411,7 @@ def attend(
     batch, heads, queries, width = q.shape
     out = torch.empty(batch, queries, heads, width, dtype=dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
-    options = tile(width, q.dtype, backward=False)
+    options = tile(FORWARD, width, q.dtype, q.device)
     blocks = triton.cdiv(queries, options["BLOCK_T"])
     if q.numel():
         strides = [stride for x in (q, k, v, out) for stride in x.stride()[:3]]
@@ -408,11 +427,13 @@ def delta_of(do: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
     do, out = with_rows(do), with_rows(out)
     batch, heads, queries, width = do.shape
     delta = torch.empty(batch, heads, queries, dtype=torch.float32, device=do.device)
-    blocks = triton.cdiv(queries, 64)
+    D = max(16, triton.next_power_of_2(width))
+    rows = TILE_OF_DELTA // D
+    blocks = triton.cdiv(queries, rows)
     if do.numel():
         _delta[(blocks * batch * heads,)](
             do, out, delta if dlse is None else dlse.contiguous(), delta, *do.stride()[:3], *out.stride()[:3],
-            heads, queries, width, blocks, BLOCK_T=64, D=triton.next_power_of_2(width), DLSE=dlse is not None,
+            heads, queries, width, blocks, BLOCK_T=rows, D=D, DLSE=dlse is not None,
         )  # fmt: skip
     return delta
 
@@ -436,18 +457,19 @@ def attend_backward(
     dk, dv = (torch.empty(k.shape, dtype=dtype, device=q.device) for _ in range(2))
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    options = tile(width, q.dtype, backward=True)
     first, stop = ranges
     strides = [stride for x in (q, k, v, do) for stride in x.stride()[:3]]
     tensors = q, k, v, do, lse.contiguous(), delta.contiguous()
     sizes = heads, heads // kv_heads, queries, keys, width
+    options = tile(QUERIES, width, q.dtype, q.device)
     blocks = triton.cdiv(queries, options["BLOCK_T"])
     _backward_queries[(blocks * batch * heads,)](
         *tensors, first, stop, dq, *strides, per_sample(first), *sizes, blocks, scale, **options
     )
+    each_key = torch.arange(keys, dtype=torch.int32, device=q.device).expand(len(first), -1).contiguous()
+    seen_from, seen_to = (torch.searchsorted(x, each_key, right=True, out_int32=True) for x in (stop, first))
+    options = tile(KEYS, width, q.dtype, q.device)
     blocks = triton.cdiv(keys, options["BLOCK_U"])
-    each = torch.arange(keys, dtype=torch.int32, device=q.device).expand(len(first), -1).contiguous()
-    seen_from, seen_to = (torch.searchsorted(x, each, right=True, out_int32=True) for x in (stop, first))
     _backward_keys[(blocks * batch * kv_heads,)](
         *tensors, seen_from, seen_to, dk, dv, *strides, per_sample(seen_from), *sizes, blocks, scale, **options
     )

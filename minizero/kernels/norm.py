@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from minizero.kernels.backend import Backend, as_rows, num_programs, same_shape, tl, triton, use_triton
 from minizero.kernels.gelu import Approximation, gelu, gelu_slope, is_tanh
 
-WIDEST_FORWARD, WIDEST_BACKWARD = 16384, 8192  # columns in registers, without spills
+WIDEST_FORWARD, WIDEST_BACKWARD = 16384, 8192  # columns in registers, without spills; of fp32, half in backward
 BLOCK_OF_WIDE = 4096
 TILE = 4096  # elements of several short rows that one program takes at once
 
@@ -308,7 +308,7 @@ def shape_of_tile(columns: int, widest: int) -> tuple[int, int, int]:
         return 0, BLOCK_OF_WIDE, 8
     block = triton.next_power_of_2(columns)
     rows = max(1, min(TILE // block, 16))
-    return rows, block, max(1, min(16, rows * block // 1024 if block < 8192 else block // 512))
+    return rows, block, max(1, min(16, rows * block // 512))
 
 
 class _Norm(Function):
@@ -359,7 +359,8 @@ class _Norm(Function):
         dy_MN, ds_MN = as_rows(grads[0]), as_rows(grads[1]) if residual else None
         rows, columns = x_MN.shape
         dx_MN = x_MN.new_empty(rows, columns)
-        tall, block, warps = shape_of_tile(columns, WIDEST_BACKWARD)
+        widest = WIDEST_BACKWARD if x_MN.element_size() == 2 else WIDEST_BACKWARD // 2
+        tall, block, warps = shape_of_tile(columns, widest)
         steps = triton.cdiv(rows, num_programs(x_MN.device) * max(tall, 1))
         programs = triton.cdiv(rows, steps * max(tall, 1)) if rows else 0
         dw, db = (x_MN.new_empty((programs, columns), dtype=torch.float32) for _ in range(2))
