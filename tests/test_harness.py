@@ -133,7 +133,7 @@ def test_illegal_world_size(world_size: int) -> None:
 
 def run_a_suite(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run pytest on a suite that has the project's conftest but no distributed test."""
-    for name in ("conftest.py", "harness.py"):
+    for name in ("conftest.py", "harness.py", "interpreter.py"):
         (folder / name).write_text((TESTS_DIR / name).read_text())
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = soak: long\n")
     (folder / "test_nothing.py").write_text(

@@ -475,7 +475,6 @@ def test_rope_of_nothing():
         assert [tuple(x.shape) for x in found.values()] == [tuple(q.shape), tuple(k.shape)] * 2
 
 
-@pytest.mark.xfail(strict=True, reason="the torch backend promotes to the dtype of the angles")
 def test_rope_keeps_dtypes_when_angles_are_wider():
     q, k, angle = randn(1, 2, 3, 4).bfloat16(), randn(1, 2, 3, 4, seed=1).bfloat16(), angles(1, 3, 2)
     exact = rope(q.double(), k.double(), angle.double().cos(), angle.double().sin(), backend="torch")
@@ -702,7 +701,6 @@ MIXED: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="torch takes them in silence, also when Triton is asked for")
 @pytest.mark.parametrize("name", MIXED)
 def test_two_dtypes_are_for_torch(name):
     """Nothing is computed in silence by another backend than the one that was asked for."""

@@ -60,11 +60,12 @@ def adamw_step(
     one = torch.ones((), dtype=torch.float32, device=master.device) if scale is None else scale.float()
     go = torch.zeros((), dtype=torch.bool, device=master.device) if skip is None else skip
     step += ~go
+    logs = [math.log(beta) if beta > 0 else -math.inf for beta in betas]
     if master.numel():
         _adamw[(triton.cdiv(master.numel(), BLOCK),)](
             master, m, v, grad, master if parameter is None else parameter, step, one, go,
-            master.numel(), lr, *betas, *(math.log(beta) if beta > 0 else -math.inf for beta in betas), eps,
-            weight_decay, BLOCK=BLOCK, WRITE=parameter is not None, num_warps=8,
+            master.numel(), lr, betas[1], 1.0 - betas[0], 1.0 - betas[1], *logs, eps, weight_decay,
+            BLOCK=BLOCK, WRITE=parameter is not None, num_warps=8,
         )  # fmt: skip
 
 
@@ -72,27 +73,30 @@ def _reference(
     master: Tensor, m: Tensor, v: Tensor, grad: Tensor, step: Tensor, lr: float, betas: tuple[float, float], eps: float,
     weight_decay: float, scale: Tensor | None, skip: Tensor | None, parameter: Tensor | None,
 ) -> None:  # fmt: skip
-    """The same in torch."""
-    if skip is not None and bool(skip):
-        return
+    """The same in torch. With `skip`, everything is computed, and not taken over."""
+    before = None if skip is None else [x.clone() for x in (master, m, v, step)]
     step += 1
     g = grad.to(master.dtype)
     if scale is not None:
         g = g * scale
-    t = float(step)
+    left1, left2 = (1 - beta ** step.double() for beta in betas)
     master.mul_(1 - lr * weight_decay)
     m.lerp_(g, 1 - betas[0])
     v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    denominator = (v.sqrt() / (1 - betas[1] ** t) ** 0.5).add_(eps)
-    master.addcdiv_(m, denominator, value=-lr / (1 - betas[0] ** t))
+    denominator = (v / left2.to(v.dtype)).sqrt_().add_(eps)
+    master.sub_((lr / left1).to(master.dtype) * m / denominator)
+    if before is not None and skip is not None:
+        for x, old in zip((master, m, v, step), before, strict=True):
+            x.copy_(torch.where(skip, old, x))
     if parameter is not None:
-        parameter.copy_(master)
+        rounded = master.to(parameter.dtype)
+        parameter.copy_(rounded if skip is None else torch.where(skip, parameter, rounded))
 
 
 @triton.jit
 def _adamw(
     master_ptr, m_ptr, v_ptr, grad_ptr, parameter_ptr, step_ptr, scale_ptr, skip_ptr,
-    size, lr, beta1, beta2, log_beta1, log_beta2, eps, weight_decay,
+    size, lr, beta2, left_by_beta1, left_by_beta2, log_beta1, log_beta2, eps, weight_decay,
     BLOCK: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     if tl.load(skip_ptr) == 0:
@@ -105,8 +109,8 @@ def _adamw(
         p = tl.load(master_ptr + place, mask=inside, other=0.0)
         m = tl.load(m_ptr + place, mask=inside, other=0.0)
         v = tl.load(v_ptr + place, mask=inside, other=0.0)
-        m += (1.0 - beta1) * (g - m)
-        v = beta2 * v + (1.0 - beta2) * g * g
+        m += left_by_beta1 * (g - m)  # 1 - β, subtracted in float64
+        v = beta2 * v + left_by_beta2 * g * g
         p -= lr * weight_decay * p
         p -= lr / left1 * m / (tl.sqrt(v / left2) + eps)
         tl.store(master_ptr + place, p, mask=inside)

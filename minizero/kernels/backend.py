@@ -91,6 +91,14 @@ def use_triton(backend: Backend, op: str, *tensors: Tensor | None) -> bool:
     return not reason
 
 
+def one_dtype(backend: Backend, op: str, *tensors: Tensor) -> bool:
+    """Whether all have one dtype, as the kernel of `op` wants. Raises ValueError where not, and "triton" is asked."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1 and backend == "triton":
+        raise ValueError(f"{op}: tensors are {', '.join(sorted(map(str, dtypes)))}; legal: one dtype, or backend torch")
+    return len(dtypes) == 1
+
+
 @cache
 def num_programs(device: torch.device) -> int:
     """How many programs keep `device` busy where each loops over many rows: two for every multiprocessor."""

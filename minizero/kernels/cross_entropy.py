@@ -92,6 +92,23 @@ def cross_entropy_torch(
     return losses_T
 
 
+def gradient_torch(
+    logits_TV: Tensor, labels_T: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float
+) -> Tensor:
+    """That of the sum of `cross_entropy_torch`'s losses, [T, V], by the formula above, in at least fp32."""
+    wide_TV = logits_TV.float() if logits_TV.dtype in (torch.float16, torch.bfloat16) else logits_TV
+    tanh_TV = torch.tanh(wide_TV / softcap) if softcap else None
+    capped_TV = wide_TV if tanh_TV is None else softcap * tanh_TV
+    lse_T1 = capped_TV.logsumexp(-1, keepdim=True)
+    grad_TV = torch.exp(capped_TV - lse_T1) * (1 + 2 * z_loss * lse_T1) - label_smoothing / logits_TV.shape[1]
+    counted_T1 = (labels_T != ignore_index).unsqueeze(-1)
+    index_T1 = torch.where(counted_T1, labels_T.unsqueeze(-1), 0)
+    grad_TV = grad_TV.scatter_add(-1, index_T1, torch.full_like(lse_T1, label_smoothing - 1))
+    if tanh_TV is not None:
+        grad_TV = grad_TV * (1 - tanh_TV.square())
+    return torch.where(counted_T1, grad_TV, 0.0)
+
+
 def check(op: str, shape: tuple[int, ...], labels_T: Tensor, label_smoothing: float, softcap: float) -> None:
     """Raise ValueError unless logits are [T, V], labels int64 [T], ε in [0, 1] and the cap not negative."""
     if len(shape) != 2 or tuple(labels_T.shape) != shape[:1] or shape[1] == 0:

@@ -362,8 +362,9 @@ def _backward_keys(
 # ---- launches ----
 
 
-# Queries, keys and stages of a tile: forward, backward over queries, backward over keys. By the head width up to which
-# they hold, they are the largest that neither spill nor ask for more shared memory than there is (see tests).
+# Queries, keys and stages of a tile of the three kernels, by the head width up to which they hold: such that nothing
+# spills and shared memory suffices (see tests). Compute capabilities 9 and 10 have more of it, and groups of four warps
+# that multiply 64 rows at a time: 8 warps want 128 rows of their own, or half of them repeats what the others do.
 TILES = {
     "227 KB": {
         64: ((128, 128, 3), (128, 64, 2), (64, 128, 2)),

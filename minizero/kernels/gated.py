@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from minizero.kernels.backend import Backend, as_rows, same_shape, tl, triton, use_triton
+from minizero.kernels.backend import Backend, as_rows, one_dtype, same_shape, tl, triton, use_triton
 from minizero.kernels.gelu import Approximation, gelu, gelu_slope, is_tanh
 
 BLOCK = 2048
@@ -28,7 +28,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: Backend = "auto") -> Tensor:
     Raises ValueError for different shapes, and for what `backend` "triton" cannot run.
     """
     same_shape("swiglu", gate=gate, up=up)
-    if gate.dtype != up.dtype or gate.dim() == 0 or not use_triton(backend, "swiglu", gate, up):
+    if not use_triton(backend, "swiglu", gate, up) or not one_dtype(backend, "swiglu", gate, up):
         return F.silu(gate) * up
     return _Gated.apply(gate, up, True, False)
 
@@ -37,7 +37,7 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: Approximation = "tanh", back
     """gelu(gate) · up, elementwise; both of one shape and dtype."""
     same_shape("geglu", gate=gate, up=up)
     tanh = is_tanh("geglu", approximate)
-    if gate.dtype != up.dtype or gate.dim() == 0 or not use_triton(backend, "geglu", gate, up):
+    if not use_triton(backend, "geglu", gate, up) or not one_dtype(backend, "geglu", gate, up):
         return F.gelu(gate, approximate=approximate) * up
     return _Gated.apply(gate, up, False, tanh)
 

@@ -19,10 +19,11 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from minizero.kernels.backend import Backend, use_triton
-from minizero.kernels.cross_entropy import IGNORED, check, cross_entropy_torch, losses_and_gradient
+from minizero.kernels.cross_entropy import IGNORED, check, cross_entropy_torch, gradient_torch, losses_and_gradient
 
 WORKSPACE = 1 << 29
 """Bytes of a chunk's logits."""
+ROWS = 4096  # of a gradient, that are multiplied at once
 
 
 def linear_cross_entropy(
@@ -93,12 +94,10 @@ class _LinearCrossEntropy(Function):
                 g_CV = logits_CV if needs_x or needs_weight else None
                 losses_C = losses_and_gradient(logits_CV, labels_C, scale, ignore_index, settings, g_CV)
             else:
-                leaf = logits_CV.requires_grad_(needs_x or needs_weight)
-                with torch.set_grad_enabled(needs_x or needs_weight):
-                    losses_C = cross_entropy_torch(leaf, labels_C, ignore_index, *settings) * scale
+                losses_C = cross_entropy_torch(logits_CV, labels_C, ignore_index, *settings) * scale
                 if needs_x or needs_weight:
-                    (g_CV,) = torch.autograd.grad(losses_C, leaf, torch.ones_like(losses_C))
-            loss += losses_C.detach().sum()
+                    g_CV = (gradient_torch(logits_CV, labels_C, ignore_index, *settings) * scale).to(x_TH.dtype)
+            loss += losses_C.sum()
             if g_CV is not None and dx_TH is not None:
                 torch.mm(g_CV, weight_VH, out=dx_TH[start : start + chunk])
             if g_CV is not None and dw_VH is not None:
@@ -116,6 +115,6 @@ class _LinearCrossEntropy(Function):
             raise RuntimeError("linear_cross_entropy: backward has run before, and its gradients have been handed on")
         (dx_TH, dw_VH), ctx.gradients = ctx.gradients, None
         for gradient in (dx_TH, dw_VH):
-            if gradient is not None:
-                gradient.mul_(grads[0].to(gradient.dtype))
+            for rows in () if gradient is None else gradient.split(ROWS):  # widened in parts, as the factor is wide
+                rows.copy_(rows.to(grads[0].dtype) * grads[0])
         return dx_TH, dw_VH, None, None, None, None, None, None

@@ -26,7 +26,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from minizero.kernels.backend import Backend, as_rows, num_programs, same_shape, tl, triton, use_triton
+from minizero.kernels.backend import Backend, as_rows, num_programs, one_dtype, same_shape, tl, triton, use_triton
 from minizero.kernels.gelu import Approximation, gelu, gelu_slope, is_tanh
 
 WIDEST_FORWARD, WIDEST_BACKWARD = 16384, 8192  # columns in registers, without spills; of fp32, half in backward
@@ -61,7 +61,8 @@ def add_rms_norm(
     """(rms_norm(s), s) of s = x + residual, both [.., N] in the dtype of x; s goes on as the residual stream."""
     check(x, weight, None, "add_rms_norm")
     same_shape("add_rms_norm", x=x, residual=residual)
-    if x.dtype != residual.dtype or not use_triton(backend, "add_rms_norm", x, residual, weight):
+    fused = use_triton(backend, "add_rms_norm", x, residual, weight)
+    if not fused or not one_dtype(backend, "add_rms_norm", x, residual):
         total = x + residual
         return rms_norm_torch(total, weight, eps), total
     y, total = _Norm.apply(x, residual, weight, None, eps, False, False, False)

@@ -4,7 +4,8 @@
     fp8    scale = max |x| / 448      q = float8_e4m3(x / scale)
     back   x = q · scale
 
-A block of zeros has scale 0 and comes back as zeros. A block with a NaN or an infinity has scale NaN and comes back as
+A block of zeros has scale 0 and comes back as zeros; so does one with nothing above 1e-35, whose scale fp32 could not
+hold exactly. A block with a NaN or an infinity has scale NaN and comes back as
 NaN, all of it: what was not finite cannot come back as a number.
 
 Glossary (n elements, G = block): x [n] (any float), q [n] (int8 or float8_e4m3fn), scales [ceil(n / G)] (fp32)
@@ -16,6 +17,7 @@ from torch import Tensor
 from minizero.kernels.backend import INTERPRETED, Backend, tl, triton, use_triton
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+TINIEST = 1e-35
 FP8_ARCH = (8, 9)  # the first compute capability that converts to fp8
 
 
@@ -37,7 +39,16 @@ def quantize_blockwise(
     if blocks:
         many = max(1, 4096 // block)
         _quantize[(triton.cdiv(blocks, many),)](
-            flat, q, scales, flat.numel(), blocks, LARGEST[dtype], MANY=many, BLOCK=block, ROUND=dtype == torch.int8
+            flat,
+            q,
+            scales,
+            flat.numel(),
+            blocks,
+            LARGEST[dtype],
+            TINIEST=TINIEST,
+            MANY=many,
+            BLOCK=block,
+            ROUND=dtype == torch.int8,
         )
     return q, scales
 
@@ -88,6 +99,7 @@ def _quantize_torch(x: Tensor, block: int, dtype: torch.dtype) -> tuple[Tensor, 
     padded = flat.new_zeros(blocks, block)
     padded.view(-1)[: flat.numel()] = flat
     highest = padded.abs().amax(dim=1) if blocks else flat.new_empty(0)
+    highest = torch.where(highest < TINIEST, 0.0, highest)
     scales = torch.where(highest.isfinite(), highest / LARGEST[dtype], torch.nan)
     inverse = torch.where(highest > 0, LARGEST[dtype] / highest, 0.0)
     values = (padded * inverse.unsqueeze(1)).nan_to_num(0.0, 0.0, 0.0)
@@ -98,7 +110,7 @@ def _quantize_torch(x: Tensor, block: int, dtype: torch.dtype) -> tuple[Tensor, 
 @triton.jit
 def _quantize(
     x_ptr, q_ptr, scales_ptr, size, blocks, largest,
-    MANY: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr,
+    TINIEST: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * MANY + tl.arange(0, MANY)[:, None]
     place = block * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -107,6 +119,7 @@ def _quantize(
     broken = (x != x) | (tl.abs(x) == float("inf"))
     anywhere = tl.max(broken.to(tl.int32), axis=1, keep_dims=True) > 0
     highest = tl.max(tl.where(broken, 0.0, tl.abs(x)), axis=1, keep_dims=True)
+    highest = tl.where(highest < TINIEST, 0.0, highest)
     tl.store(scales_ptr + block, tl.where(anywhere, float("nan"), highest / largest), mask=block < blocks)
     inverse = tl.where((highest > 0.0) & (anywhere == 0), largest / highest, 0.0)
     y = tl.where(broken, 0.0, x) * inverse

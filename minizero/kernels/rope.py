@@ -40,9 +40,10 @@ def rope(
 
 
 def rope_torch(x_BNSD: Tensor, cos_B1SE: Tensor, sin_B1SE: Tensor) -> Tensor:
-    """The reference, in the dtype of x and the angles."""
+    """The reference, in the wider dtype of x and the angles; x's comes out."""
     first, second = x_BNSD.chunk(2, dim=-1)
-    return torch.cat((first * cos_B1SE - second * sin_B1SE, second * cos_B1SE + first * sin_B1SE), dim=-1)
+    turned = first * cos_B1SE - second * sin_B1SE, second * cos_B1SE + first * sin_B1SE
+    return torch.cat(turned, dim=-1).to(x_BNSD.dtype)
 
 
 def check(q_BNSD: Tensor, k_BMSD: Tensor, cos_B1SE: Tensor, sin_B1SE: Tensor) -> None:
