@@ -92,7 +92,7 @@ def test_the_torch_backend_is_torchs_own_adamw(hyper, steps):
         assert error(one, other) < 1e-12
 
 
-@pytest.mark.parametrize("hyper", [pytest.param(hyper, id=name) for name, hyper in HYPER.items()])
+@every_hyper
 @every_dtype
 @pytest.mark.parametrize(("size", "steps"), [(100, 1), (adamw.BLOCK + 333, 8)])
 def test_adamw_is_as_exact_as_torchs_own(hyper, dtype, size, steps):
