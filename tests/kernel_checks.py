@@ -203,6 +203,18 @@ def planted(folder: Path, name: str, *changes: tuple[str, str]) -> ModuleType:
     return module
 
 
+PASSED: set[tuple[str, Any]] = set()
+
+
+def sees(folder: Path, name: str, change: tuple[str, str], check: Callable[[ModuleType], None]) -> None:
+    """`check` passes a copy of the kernels' module as it is, and not one with a defect."""
+    if (name, check) not in PASSED:
+        check(planted(folder, name))
+        PASSED.add((name, check))
+    with pytest.raises(AssertionError):
+        check(planted(folder, name, change))
+
+
 # ---- huge tensors ----
 
 STRIDE = (1 << 30) + 64

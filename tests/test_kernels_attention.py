@@ -23,10 +23,10 @@ from kernel_checks import (
     gradients_are_derivatives,
     oracle,
     parity,
-    planted,
     randn,
     run,
     same_in_any_order,
+    sees,
     triton_run,
 )
 from torch import Tensor
@@ -252,12 +252,11 @@ LAYOUTS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[..., tuple[Tensor
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_layouts_of_queries_and_keys(layout, dtype):
+def test_layouts_of_queries_and_keys(layout):
     shapes, view = LAYOUTS[layout]
     given_ = [randn(*shape, seed=seed) for seed, shape in enumerate(shapes)]
     truth = lambda *x: textbook(*view(*x), visible(40, 40))  # noqa: E731
-    parity(lambda *x, **o: flash_attention(*view(*x), **o), given_, dtype, truth=truth)
+    parity(lambda *x, **o: flash_attention(*view(*x), **o), given_, torch.bfloat16, truth=truth)
 
 
 @every_dtype
@@ -531,10 +530,15 @@ def test_torch_compile_traces_the_torch_backend(name):
 
 # ---- defects ----
 
+
+def plainly(module: ModuleType) -> None:
+    checked(module, (1, 2, 1, 40, 40, 16), torch.bfloat16)
+
+
 DEFECTS: dict[str, tuple[tuple[str, str], Callable[[ModuleType], None]]] = {
     "a query sees the key behind it": (
         ("stop = (place_1T + 1).clamp(0, keys)", "stop = (place_1T + 2).clamp(0, keys)"),
-        lambda m: checked(m, (1, 2, 1, 40, 40, 16), torch.bfloat16),
+        plainly,
     ),
     "a window is one too short": (
         ("(place_1T + 1 - window)", "(place_1T + 2 - window)"),
@@ -546,11 +550,11 @@ DEFECTS: dict[str, tuple[tuple[str, str], Callable[[ModuleType], None]]] = {
     ),
     "blocks with something hidden are taken without looking": (
         ("        if MASKED:\n", "        if False:\n"),
-        lambda m: checked(m, (1, 2, 1, 40, 40, 16), torch.bfloat16),
+        plainly,
     ),
     "the gradient of lse is dropped": (
         ("delta -= tl.load(dlse_ptr", "delta -= 0.0 * tl.load(dlse_ptr"),
-        lambda m: checked(m, (1, 2, 1, 40, 40, 16), torch.bfloat16),
+        plainly,
     ),
     "all heads read the first key head": (
         ("k_ptr += batch * k_batch + head // group * k_head", "k_ptr += batch * k_batch"),
@@ -558,14 +562,11 @@ DEFECTS: dict[str, tuple[tuple[str, str], Callable[[ModuleType], None]]] = {
     ),
     "lse in base 2": (
         ("* 0.6931471805599453, float", "* 1.0, float"),
-        lambda m: checked(m, (1, 2, 1, 40, 40, 16), torch.bfloat16),
+        plainly,
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", DEFECTS)
 def test_a_planted_defect_is_seen(what, tmp_path):
-    change, check = DEFECTS[what]
-    check(planted(tmp_path, "flash_attention"))  # the copy as it is passes
-    with pytest.raises(AssertionError):
-        check(planted(tmp_path, "flash_attention", change))
+    sees(tmp_path, "flash_attention", *DEFECTS[what])

@@ -22,10 +22,10 @@ from kernel_checks import (
     gradients_are_derivatives,
     oracle,
     parity,
-    planted,
     randn,
     run,
     same_in_any_order,
+    sees,
     triton_run,
 )
 from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
@@ -143,13 +143,13 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
 }
 
 
-@every_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_logits_and_labels(dtype, layout):
+def test_layouts_of_logits_and_labels(layout, dtype):
     shape, view = LAYOUTS[layout]
     labels = labels_of(12, 333)[::2]
-    if "one element" in layout and dtype != torch.float32:
-        pytest.skip("a sum of equal gradients, all rounded the same way, says nothing")
+    if "one element" in layout:
+        dtype = torch.float32  # a sum of equal gradients, all rounded the same way, says nothing
     parity(lambda x, **o: cross_entropy(view(x), labels, z_loss=1e-2, **o), [randn(*shape)], dtype)
 
 
@@ -434,12 +434,12 @@ def liger_linear(labels: Tensor, reduction: str = "mean", **settings: float) -> 
 @every_dtype
 @pytest.mark.parametrize("chunk", [4, 1 << 20])
 def test_a_head_and_its_loss_are_as_exact_as_torchs_and_ligers(settings, dtype, chunk):
-    labels = labels_of(10, V)
+    labels = labels_of(6, V)
     op = linear_op(labels, chunk, **settings)
     rivals = [liger_linear(labels, **settings)]
     if set(settings) <= {"label_smoothing"}:
         rivals.append(unfused(labels, **settings))
-    parity(op, linear_inputs(10), dtype, rivals=rivals)
+    parity(op, linear_inputs(6), dtype, rivals=rivals)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 20])
@@ -465,17 +465,11 @@ def test_a_chunk_is_as_large_as_the_workspace_allows():
 
 def adds_up_in_fp32(module: Any) -> None:
     """Thirty chunks leave the weight's gradient as exact as one does: what they add is not rounded to 16 bits."""
-    labels = labels_of(60, 17)
-    given = linear_inputs(60, 17)
+    labels, given = labels_of(60, 17), linear_inputs(60, 17)
     exact = run(unfused(labels), given, torch.bfloat16, torch.float64)["gradient 1"]
-    for name in ("triton", "torch"):
-        errors = [
-            error(
-                run(linear_op(labels, chunk, module), given, *[torch.bfloat16] * 2, backend=name)["gradient 1"], exact
-            )
-            for chunk in (60, 2)
-        ]
-        assert errors[1] <= 1.5 * errors[0], errors
+    found = [run(linear_op(labels, chunk, module), given, *[torch.bfloat16] * 2, backend="torch") for chunk in (60, 2)]
+    one, many = (error(results["gradient 1"], exact) for results in found)
+    assert many <= 1.5 * one, (many, one)
 
 
 def test_chunks_add_up_in_fp32():
@@ -770,7 +764,4 @@ DEFECTS: dict[str, tuple[str, tuple[str, str], Callable[[ModuleType], None]]] = 
 
 @pytest.mark.parametrize("what", DEFECTS)
 def test_a_planted_defect_is_seen(what, tmp_path):
-    name, change, check = DEFECTS[what]
-    check(planted(tmp_path, name))  # the copy as it is passes
-    with pytest.raises(AssertionError):
-        check(planted(tmp_path, name, change))
+    sees(tmp_path, *DEFECTS[what])
