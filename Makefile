@@ -8,11 +8,13 @@ SHELL := /bin/bash
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.14 python3,\
     $(if $(shell $(name) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(name))))
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install -c constraints.txt
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 ARGS ?=
+# torch's CUDA builds bring a Triton of their own, which is the one to take there.
+CONSTRAINTS := $(if $(GPU),<(grep -v '^triton==' constraints.txt),constraints.txt)
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install -c $(CONSTRAINTS)
 
 help:
 	@echo "make train   train the quickstart model on the Python standard library (ARGS='--train.steps 50' overrides)"

@@ -89,9 +89,10 @@ def cross_entropy(**options: Any) -> None:
 
 
 def cross_entropy_of_shards() -> None:
-    logits, labels, row = empty(8192, 32064), empty(8192, dtype=torch.int64), empty(8192, dtype=FP32)
-    statistics(logits, labels, 32064)
-    gradient(logits, labels, row, row, row, 32064, 128256, (0.1, 1e-4, 30.0), in_place=True)
+    logits, labels, factor = empty(8192, 32064), empty(8192, dtype=torch.int64), empty(8192, dtype=FP32)
+    with torch.no_grad():
+        whole = statistics(logits, labels, 32064, backend="triton")
+        gradient(logits, labels, whole, factor, 32064, 128256, (0.1, 1e-4, 30.0), in_place=True, backend="triton")
 
 
 def attention(width: int, dtype: torch.dtype = BF16, group: int = 4) -> None:

@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.autograd import Function
 from triton.runtime.interpreter import interpreter_builder
 
+from minizero.kernels import backend
+
 Op = Callable[..., Any]
 Results = dict[str, Tensor]
 
@@ -256,3 +258,21 @@ def beyond_int32(folder: Path, good: str, broken: Sequence[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     wanted = ["good", *(f"{number} True" for number in range(len(broken)))]
     assert done.stdout.splitlines() == wanted, f"{done.stdout}\n{done.stderr}"
+
+
+def refused_by_name(name: str, op: Callable[..., Any], monkeypatch: Any) -> None:
+    """`op(cast, options)` says its name, and what is legal: for float64, an unknown backend, and without Triton."""
+    with pytest.raises(
+        ValueError, match=f"^{name}: a tensor is torch.float64; Triton's kernels take float32, bfloat16"
+    ):
+        op(torch.Tensor.double, {"backend": "triton"})
+    with pytest.raises(ValueError, match=f"^{name}: backend 'cuda' does not exist; legal: auto, triton, torch"):
+        op(torch.Tensor.float, {"backend": "cuda"})
+    monkeypatch.setattr(backend, "TROUBLE", "Triton is not installed (so they say)")
+    backend.obstacle.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=f"^{name}: Triton is not installed .*; backend auto or torch runs it"):
+            op(torch.Tensor.float, {"backend": "triton"})
+        op(torch.Tensor.float, {})
+    finally:
+        backend.obstacle.cache_clear()

@@ -24,6 +24,7 @@ from kernel_checks import (
     oracle,
     parity,
     randn,
+    refused_by_name,
     run,
     same_in_any_order,
     sees,
@@ -32,8 +33,9 @@ from kernel_checks import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from minizero.kernels import backend, flash_attention
-from minizero.kernels.flash_attention import WIDEST, ranges_of
+from minizero.kernels import flash_attention
+from minizero.kernels.flash_attention import WIDEST, ranges_of, runs_in_triton
+from minizero.parallel.block_attention import Mask, attend
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, of -inf - -inf behind a mask
 
@@ -506,18 +508,18 @@ def test_documents_that_decrease_raise(name):
 
 
 def test_what_triton_cannot_run_is_refused_by_name(monkeypatch):
-    with pytest.raises(ValueError, match="^flash_attention: a tensor is torch.float64; Triton's kernels take"):
-        flash_attention(Q.double(), K.double(), K.double(), backend="triton")
-    with pytest.raises(ValueError, match="^flash_attention: backend 'cuda' does not exist"):
-        flash_attention(Q, K, K, backend="cuda")
-    monkeypatch.setattr(backend, "TROUBLE", "Triton is not installed (so they say)")
-    backend.obstacle.cache_clear()
-    try:
-        with pytest.raises(ValueError, match="^flash_attention: Triton is not installed"):
-            flash_attention(Q, K, K, backend="triton")
-        flash_attention(Q, K, K)
-    finally:
-        backend.obstacle.cache_clear()
+    op = lambda cast, options: flash_attention(*map(cast, (Q, K, K)), **options)  # noqa: E731
+    refused_by_name("flash_attention", op, monkeypatch)
+
+
+def test_heads_that_are_too_wide_are_for_torch():
+    """Also between the blocks of a ring, which have no need of `flash_attention` itself."""
+    wide = randn(1, 2, 5, WIDEST + 8)
+    with pytest.raises(ValueError, match=f"head width {WIDEST + 8}; legal: up to {WIDEST}"):
+        flash_attention(wide, wide, wide, backend="triton")
+    with pytest.raises(ValueError, match=f"head width {WIDEST + 8}; legal: up to {WIDEST}"):
+        attend(wide, wide, wide, 1.0, Mask(causal=True), "triton")
+    assert not runs_in_triton("auto", wide, wide, wide)
 
 
 # ---- torch.compile ----

@@ -20,6 +20,7 @@ from kernel_checks import (
     oracle,
     parity,
     randn,
+    refused_by_name,
     run,
     same_in_any_order,
     sees,
@@ -681,19 +682,7 @@ OPS: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("name", OPS)
 def test_what_triton_cannot_run_is_refused_by_name(name, monkeypatch):
-    same: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
-    with pytest.raises(ValueError, match=f"{name}: a tensor is torch.float64; Triton's kernels take float32, bfloat16"):
-        OPS[name](torch.Tensor.double, {"backend": "triton"})
-    with pytest.raises(ValueError, match=f"{name}: backend 'cuda' does not exist; legal: auto, triton, torch"):
-        OPS[name](same, {"backend": "cuda"})
-    monkeypatch.setattr(backend, "TROUBLE", "Triton is not installed (so they say)")
-    backend.obstacle.cache_clear()
-    try:
-        with pytest.raises(ValueError, match=f"{name}: Triton is not installed .*; backend auto or torch runs it"):
-            OPS[name](same, {"backend": "triton"})
-        OPS[name](same, {})
-    finally:
-        backend.obstacle.cache_clear()
+    refused_by_name(name, OPS[name], monkeypatch)
 
 
 MIXED: dict[str, Callable[..., Any]] = {

@@ -14,14 +14,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import DTYPES, beyond_int32, bits, close, error, every_dtype, randn, same_in_any_order, sees
+from kernel_checks import (
+    DTYPES,
+    beyond_int32,
+    bits,
+    close,
+    error,
+    every_dtype,
+    randn,
+    refused_by_name,
+    same_in_any_order,
+    sees,
+)
 from torch import Tensor
 
 from minizero import kernels
 from minizero.kernels import (
     adamw,
     adamw_step,
-    backend,
     cast_and_pack,
     dequantize_blockwise,
     flat,
@@ -528,18 +538,7 @@ OPS: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("name", OPS)
 def test_what_triton_cannot_run_is_refused_by_name(name, monkeypatch):
-    with pytest.raises(ValueError, match=f"^{name}: a tensor is torch.float64; Triton's kernels take"):
-        OPS[name](torch.Tensor.double, {"backend": "triton"})
-    with pytest.raises(ValueError, match=f"^{name}: backend 'cuda' does not exist; legal: auto, triton, torch"):
-        OPS[name](torch.Tensor.float, {"backend": "cuda"})
-    monkeypatch.setattr(backend, "TROUBLE", "Triton is not installed (so they say)")
-    backend.obstacle.cache_clear()
-    try:
-        with pytest.raises(ValueError, match=f"^{name}: Triton is not installed .*; backend auto or torch runs it"):
-            OPS[name](torch.Tensor.float, {"backend": "triton"})
-        OPS[name](torch.Tensor.float, {})
-    finally:
-        backend.obstacle.cache_clear()
+    refused_by_name(name, OPS[name], monkeypatch)
 
 
 # ---- torch.compile ----

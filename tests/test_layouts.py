@@ -91,12 +91,12 @@ def make(family: str, dtype: torch.dtype) -> nn.Module:
     return randomized(build(config, VOCAB, LENGTH)).to(dtype)
 
 
-def batches(steps: int) -> list[dict[str, Tensor]]:
+def batches(steps: int, batch: int = BATCH, length: int = LENGTH) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     found = []
     for _ in range(steps):
-        tokens = torch.randint(VOCAB, (BATCH, LENGTH + 1), generator=generator)
-        labels = tokens[:, 1:].masked_fill(torch.rand(BATCH, LENGTH, generator=generator) < 0.2, -100)
+        tokens = torch.randint(VOCAB, (batch, length + 1), generator=generator)
+        labels = tokens[:, 1:].masked_fill(torch.rand(batch, length, generator=generator) < 0.2, -100)
         found.append({"input_ids": tokens[:, :-1], "labels": labels})
     return found
 

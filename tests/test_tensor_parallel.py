@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 import torch.distributed as dist
@@ -188,8 +189,11 @@ def test_unmodified_transformers_models_train_as_one_process(name, tp, sequence)
 # ---- the loss ----
 
 
-def cut_cross_entropy(smoothing: float, z: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def cut_cross_entropy(
+    smoothing: float, z: float, dtype: torch.dtype, kernels: Any = "torch"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss per token, gradient of the whole logits), from each rank's columns of an odd vocabulary."""
+    interpreter.cure()
     comm = axis()
     torch.manual_seed(3)
     whole = (5 * torch.randn(11, VOCAB)).to(dtype)
@@ -199,7 +203,8 @@ def cut_cross_entropy(smoothing: float, z: float, dtype: torch.dtype) -> tuple[t
     shard = TensorShard((VOCAB, 1), 0, ranges, comm.rank)
     ((start, stop),) = ranges[comm.rank]
     local = whole[:, start:stop].clone().requires_grad_()
-    loss = vocab_parallel_cross_entropy(local * 1.0, labels, comm, shard, label_smoothing=smoothing, z_loss=z)
+    more = dict(label_smoothing=smoothing, z_loss=z, in_place=True, kernels=kernels)
+    loss = vocab_parallel_cross_entropy(local * 1.0, labels, comm, shard, **more)
     (loss * torch.arange(1.0, 12.0)).sum().backward()
     return loss.detach(), comm.gather_parts(local.grad, [b - a for ((a, b),) in ranges], 1, "check")
 
@@ -219,8 +224,8 @@ def test_cross_entropy_of_cut_logits(smoothing, z, dtype, bound):
     loss = F.cross_entropy(reference, labels, reduction="none", label_smoothing=smoothing)
     loss = loss + z * reference.logsumexp(-1).square() * (labels != -100)
     (loss * torch.arange(1.0, 12.0)).sum().backward()
-    for world in (2, 4):
-        for found, gradient in run_distributed(cut_cross_entropy, world, smoothing, z, dtype):
+    for world, kernels in ((2, "torch"), (4, "torch"), (2, "torch" if dtype == torch.float64 else "triton")):
+        for found, gradient in run_distributed(cut_cross_entropy, world, smoothing, z, dtype, kernels):
             torch.testing.assert_close(found.double(), loss.detach(), rtol=bound, atol=bound)
             torch.testing.assert_close(gradient.double(), reference.grad, rtol=bound, atol=bound)
 

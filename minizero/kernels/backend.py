@@ -112,17 +112,32 @@ def chosen(backend: Backend, device: torch.device) -> Backend:
     return "torch" if device.type != "cuda" or obstacle(device) else "triton"
 
 
+class UsesKernels:
+    """A layer that has the choice, and makes it as `kernels` says."""
+
+    kernels: Backend = "auto"
+
+
 def use_in(model: nn.Module, backend: Backend) -> None:
-    """Tell every layer of `model` that has the choice (an attribute `kernels`) which implementation to take."""
+    """Tell every layer of `model` that has the choice which implementation to take."""
     for module in model.modules():
-        if hasattr(module, "kernels"):
-            setattr(module, "kernels", backend)  # noqa: B010 - a plain attribute, not a parameter
+        if isinstance(module, UsesKernels):
+            module.kernels = backend
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """`x` in fp32 if it is a 16-bit tensor, else as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def last_dim_contiguous(x: Tensor) -> Tensor:
+    """`x`, or a copy of it where neighbours in the last dim are apart."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def as_rows(x: Tensor) -> Tensor:
     """`x` [.., N] as [M, N], N contiguous; a copy only where no view can say that. Rows may overlap (stride 0)."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    return last_dim_contiguous(x.reshape(-1, x.shape[-1]))
 
 
 def same_shape(op: str, **tensors: Tensor) -> None:

@@ -12,8 +12,8 @@ no power of two.
 One program per row. It goes along the row once for the statistics, keeping what it has to divide by, and, where a
 gradient will be wanted, a second time, from cache, to write it: the logits are read from memory once. In place the
 gradient takes the logits' memory; the version counter tells autograd that they are gone, so a graph that saved them
-raises. Whoever holds some columns of the vocabulary uses the two halves: `statistics` of its columns, which ranks put
-together, then `gradient_`.
+raises. Whoever holds some columns of the vocabulary, or some tokens, uses the halves: `statistics` of columns, which
+ranks put together; `losses_of` these; and `gradient`.
 
 Glossary (T tokens, V columns here): logits [T, V], any row stride, int64 offsets      labels [T] int64
     highest, total, target, sums [T] (fp32)    max c_v, Σ exp(c_v - max), c_label or 0 where it is elsewhere, Σ c_v
@@ -27,7 +27,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from minizero.kernels.backend import Backend, as_rows, tl, triton, use_triton
+from minizero.kernels.backend import Backend, as_rows, at_least_fp32, tl, triton, use_triton
 
 IGNORED = -100
 BLOCK = 4096
@@ -63,9 +63,7 @@ def cross_entropy(
         raise ValueError(f"cross_entropy: reduction {reduction!r} does not exist; legal: none, mean, sum")
     settings = label_smoothing, z_loss, softcap
     if not use_triton(backend, "cross_entropy", logits_TV, labels_T):
-        losses_T = cross_entropy_torch(logits_TV, labels_T, ignore_index, *settings)
-        counted = (labels_T != ignore_index).sum() if reduction == "mean" else None
-        return losses_T if reduction == "none" else losses_T.sum() if counted is None else losses_T.sum() / counted
+        return cross_entropy_torch(logits_TV, labels_T, ignore_index, *settings, reduction)
     scale = torch.ones((), dtype=torch.float32, device=logits_TV.device)
     if reduction == "mean":
         scale = 1.0 / (labels_T != ignore_index).sum().float()
@@ -77,36 +75,23 @@ def cross_entropy(
 
 
 def cross_entropy_torch(
-    logits_TV: Tensor, labels_T: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float
+    logits_TV: Tensor,
+    labels_T: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    reduction: Reduction,
 ) -> Tensor:
-    """The reference: [T], 0 where ignored."""
-    wide_TV = logits_TV.float() if logits_TV.dtype in (torch.float16, torch.bfloat16) else logits_TV
-    if softcap:
-        wide_TV = softcap * torch.tanh(wide_TV / softcap)
-    losses_T = F.cross_entropy(
-        wide_TV, labels_T, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
-    )
-    if z_loss:
-        squares_T = wide_TV.logsumexp(-1).square()
-        losses_T = losses_T + z_loss * torch.where(labels_T != ignore_index, squares_T, 0.0)
-    return losses_T
-
-
-def gradient_torch(
-    logits_TV: Tensor, labels_T: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float
-) -> Tensor:
-    """That of the sum of `cross_entropy_torch`'s losses, [T, V], by the formula above, in at least fp32."""
-    wide_TV = logits_TV.float() if logits_TV.dtype in (torch.float16, torch.bfloat16) else logits_TV
-    tanh_TV = torch.tanh(wide_TV / softcap) if softcap else None
-    capped_TV = wide_TV if tanh_TV is None else softcap * tanh_TV
-    lse_T1 = capped_TV.logsumexp(-1, keepdim=True)
-    grad_TV = torch.exp(capped_TV - lse_T1) * (1 + 2 * z_loss * lse_T1) - label_smoothing / logits_TV.shape[1]
-    counted_T1 = (labels_T != ignore_index).unsqueeze(-1)
-    index_T1 = torch.where(counted_T1, labels_T.unsqueeze(-1), 0)
-    grad_TV = grad_TV.scatter_add(-1, index_T1, torch.full_like(lse_T1, label_smoothing - 1))
-    if tanh_TV is not None:
-        grad_TV = grad_TV * (1 - tanh_TV.square())
-    return torch.where(counted_T1, grad_TV, 0.0)
+    """The reference, with torch's own."""
+    wide_TV, _ = capped(logits_TV, softcap)
+    plain = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
+    if not z_loss:
+        return F.cross_entropy(wide_TV, labels_T, reduction=reduction, **plain)  # type: ignore[arg-type]
+    counted_T = labels_T != ignore_index
+    losses_T = F.cross_entropy(wide_TV, labels_T, reduction="none", **plain)  # type: ignore[arg-type]
+    losses_T = losses_T + z_loss * torch.where(counted_T, wide_TV.logsumexp(-1).square(), 0.0)
+    return losses_T if reduction == "none" else losses_T.sum() / (counted_T.sum() if reduction == "mean" else 1)
 
 
 def check(op: str, shape: tuple[int, ...], labels_T: Tensor, label_smoothing: float, softcap: float) -> None:
@@ -287,10 +272,23 @@ def losses_and_gradient(
     return losses_T
 
 
-def statistics(logits_TV: Tensor, labels_T: Tensor, first: int, softcap: float = 0.0, sums: bool = True) -> Tensor:
-    """[4, T] (fp32): highest, total, target, sums (see above) of columns [first, first + V) of a vocabulary."""
-    logits_TV = as_rows(logits_TV)
+# ---- the halves: columns [first, first + V) of a vocabulary, in Triton or in torch ----
+
+
+def statistics(
+    logits_TV: Tensor, labels_T: Tensor, first: int, softcap: float = 0.0, sums: bool = True, backend: Backend = "auto"
+) -> Tensor:
+    """[4, T] (at least fp32): highest, total, target, sums (see above; 0 without `sums`) of the columns here."""
     rows, columns = logits_TV.shape
+    if not use_triton(backend, "cross_entropy", logits_TV, labels_T):
+        capped_TV, _ = capped(logits_TV, softcap)
+        index_T1, here_T1 = local(labels_T, first, columns)
+        highest_T1 = capped_TV.amax(-1, keepdim=True).clamp_min(LOWEST)
+        target_T1 = torch.where(here_T1, capped_TV.gather(-1, index_T1), 0.0)
+        sums_T1 = capped_TV.sum(-1, keepdim=True) if sums else torch.zeros_like(target_T1)
+        total_T1 = (capped_TV - highest_T1).exp_().sum(-1, keepdim=True)
+        return torch.cat([highest_T1, total_T1, target_T1, sums_T1], dim=-1).t().contiguous()
+    logits_TV = as_rows(logits_TV)
     out_4T = torch.empty(4, rows, dtype=torch.float32, device=logits_TV.device)
     if rows:
         _statistics[(rows,)](
@@ -300,30 +298,68 @@ def statistics(logits_TV: Tensor, labels_T: Tensor, first: int, softcap: float =
     return out_4T
 
 
+def losses_of(whole_4T: Tensor, labels_T: Tensor, vocabulary: int, label_smoothing: float, z_loss: float) -> Tensor:
+    """Losses [T] from the statistics of a whole vocabulary; nan for a label that is not in it."""
+    highest_T, total_T, target_T, sums_T = whole_4T
+    log_T = total_T.log()  # by differences to the highest: lse - target would cancel
+    loss_T = (1 - label_smoothing) * (highest_T - target_T) + log_T + z_loss * (highest_T + log_T).square()
+    if label_smoothing:
+        loss_T = loss_T + label_smoothing * (highest_T - sums_T / vocabulary)
+    return torch.where((labels_T >= 0) & (labels_T < vocabulary), loss_T, torch.nan)
+
+
 def gradient(
     logits_TV: Tensor,
     labels_T: Tensor,
-    highest_T: Tensor,
-    total_T: Tensor,
+    whole_4T: Tensor,
     factor_T: Tensor,
     first: int,
     vocabulary: int,
     settings: tuple[float, float, float],
     *,
     in_place: bool = False,
+    backend: Backend = "auto",
 ) -> Tensor:
-    """factor · d loss / d logits, [T, V], of columns [first, first + V), given highest and total of `vocabulary`."""
-    logits_TV = as_rows(logits_TV)
-    rows, columns = logits_TV.shape
-    grad_TV = logits_TV if in_place else torch.empty_like(logits_TV)
+    """factor · d loss / d logits, [T, V] in their dtype, given the statistics of the whole `vocabulary`.
+
+    With `in_place` it is the logits' memory, in Triton.
+    """
     smoothing, z, cap = settings
+    rows, columns = logits_TV.shape
+    highest_T, total_T = whole_4T[0].contiguous(), whole_4T[1].contiguous()
+    if not use_triton(backend, "cross_entropy", logits_TV, labels_T):
+        weight_T = (1 + 2 * z * (highest_T + total_T.log())) / total_T * factor_T
+        capped_TV, slope_TV = capped(logits_TV, cap)
+        index_T1, here_T1 = local(labels_T, first, columns)
+        grad_TV = (capped_TV - highest_T.unsqueeze(-1)).exp_().mul_(weight_T.unsqueeze(-1))
+        if smoothing:
+            grad_TV.sub_((factor_T * smoothing / vocabulary).unsqueeze(-1))
+        grad_TV.scatter_add_(-1, index_T1, torch.where(here_T1, (smoothing - 1) * factor_T.unsqueeze(-1), 0.0))
+        return (grad_TV if slope_TV is None else grad_TV.mul_(slope_TV)).to(logits_TV.dtype)
+    logits_TV = as_rows(logits_TV)
+    grad_TV = logits_TV if in_place else torch.empty_like(logits_TV)
     if rows:
         _gradient[(rows,)](
-            logits_TV, labels_T.contiguous(), highest_T.contiguous(), total_T.contiguous(), factor_T.contiguous(),
-            grad_TV, logits_TV.stride(0), grad_TV.stride(0), columns, first, smoothing, vocabulary, z, cap,
-            CAP=cap > 0, **block_of(columns),
+            logits_TV, labels_T.contiguous(), highest_T, total_T, factor_T.contiguous(), grad_TV, logits_TV.stride(0),
+            grad_TV.stride(0), columns, first, smoothing, vocabulary, z, cap, CAP=cap > 0, **block_of(columns),
         )  # fmt: skip
     return grad_TV
+
+
+def capped(logits_TV: Tensor, cap: float) -> tuple[Tensor, Tensor | None]:
+    """(capped logits in at least fp32, their slope, which is None for 1)."""
+    wide_TV = at_least_fp32(logits_TV)
+    if not cap:
+        return wide_TV, None
+    tanh_TV = torch.tanh(wide_TV / cap)
+    return cap * tanh_TV, 1 - tanh_TV.square()
+
+
+def local(labels_T: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
+    """(places of labels among the columns here, 0 for those elsewhere; whether they are here), both [T, 1]."""
+    local_T1 = labels_T.unsqueeze(-1) - first
+    here_T1 = (local_T1 >= 0) & (local_T1 < columns)
+    return torch.where(here_T1, local_T1, 0), here_T1
 
 
 def scale_rows_(x_TV: Tensor, factor_T: Tensor) -> Tensor:

@@ -25,11 +25,18 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from minizero.kernels.backend import INTERPRETED, Backend, tl, triton, use_triton
+from minizero.kernels.backend import (
+    INTERPRETED,
+    Backend,
+    at_least_fp32,
+    last_dim_contiguous,
+    one_dtype,
+    tl,
+    triton,
+    use_triton,
+)
 
-LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
 WIDEST = 256  # head width
-FAR = 1 << 30
 
 
 def flash_attention(
@@ -62,12 +69,17 @@ def flash_attention(
         q_BNTD.shape[2], k_BMUD.shape[2], q_BNTD.device, causal=causal, window=window,
         documents_BT=documents_BT, documents_BU=documents_BU,
     )  # fmt: skip
-    too_wide = q_BNTD.shape[-1] > WIDEST
-    if too_wide and backend == "triton":
-        raise ValueError(f"flash_attention: head width {q_BNTD.shape[-1]}; legal: up to {WIDEST}, or backend torch")
-    if too_wide or not use_triton(backend, "flash_attention", q_BNTD, k_BMUD, v_BMUD):
+    if not runs_in_triton(backend, q_BNTD, k_BMUD, v_BMUD):
         return attention_torch(q_BNTD, k_BMUD, v_BMUD, ranges, scale)
     return _FlashAttention.apply(q_BNTD, k_BMUD, v_BMUD, *ranges, scale)
+
+
+def runs_in_triton(backend: Backend, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """As `use_triton`, which knows nothing of heads: whether the kernels take these, of whatever layout."""
+    if backend == "triton" and q.shape[-1] > WIDEST:
+        raise ValueError(f"flash_attention: head width {q.shape[-1]}; legal: up to {WIDEST}, or backend torch")
+    fits = q.shape[-1] <= WIDEST and use_triton(backend, "flash_attention", q, k, v)
+    return fits and one_dtype(backend, "flash_attention", q, k, v)
 
 
 def attention_torch(
@@ -76,8 +88,7 @@ def attention_torch(
     """The reference, with the matrix: softmax in at least fp32."""
     each = q_BNTD.shape[1] // k_BMUD.shape[1]
     k_BNUD, v_BNUD = (x.repeat_interleave(each, dim=1) for x in (k_BMUD, v_BMUD))
-    s_BNTU = torch.matmul(q_BNTD, k_BNUD.transpose(-1, -2)) * scale
-    s_BNTU = s_BNTU.float() if s_BNTU.dtype in (torch.float16, torch.bfloat16) else s_BNTU
+    s_BNTU = at_least_fp32(torch.matmul(q_BNTD, k_BNUD.transpose(-1, -2)) * scale)
     key_U = torch.arange(k_BMUD.shape[2], device=q_BNTD.device)
     first_BT1, stop_BT1 = (x[:, None, :, None] for x in ranges)
     s_BNTU = s_BNTU.masked_fill((key_U < first_BT1) | (key_U >= stop_BT1), float("-inf"))
@@ -163,6 +174,19 @@ def _block_of(pointer, batch, head, batch_stride, head_stride, row_stride, row, 
 
 
 @triton.jit
+def _queries_of(first_ptr, stop_ptr, range_batch, heads, queries, blocks, BLOCK_T: tl.constexpr):
+    """(sample, head, queries, which exist, what they see) of this program; the blocks that see most come first."""
+    program = tl.program_id(0)
+    batch = (program // blocks // heads).to(tl.int64)
+    head = (program // blocks % heads).to(tl.int64)
+    t = (blocks - 1 - program % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    there = t < queries
+    first = tl.load(first_ptr + batch * range_batch + t, mask=there, other=0)
+    stop = tl.load(stop_ptr + batch * range_batch + t, mask=there, other=0)
+    return batch, head, t, there, first, stop
+
+
+@triton.jit
 def _take(
     acc, m, total, q, k_ptr, v_ptr, k_row, v_row, first, stop, begin, end, width, keys, qk_scale,
     BLOCK_U: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -195,15 +219,10 @@ def _forward(
     heads, group, queries, keys, width, blocks, scale,
     BLOCK_T: tl.constexpr, BLOCK_U: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head. The last blocks, which see most, come first."""
-    program = tl.program_id(0)
-    block = blocks - 1 - program % blocks
-    batch = (program // blocks // heads).to(tl.int64)
-    head = (program // blocks % heads).to(tl.int64)
-    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    there = t < queries
-    first = tl.load(first_ptr + batch * range_batch + t, mask=there, other=0)
-    stop = tl.load(stop_ptr + batch * range_batch + t, mask=there, other=0)
+    """One block of queries of one head."""
+    batch, head, t, there, first, stop = _queries_of(
+        first_ptr, stop_ptr, range_batch, heads, queries, blocks, BLOCK_T
+    )  # fmt: skip
     begin = tl.min(tl.where(there, first, keys), axis=0) // BLOCK_U * BLOCK_U
     end = tl.cdiv(tl.max(stop, axis=0), BLOCK_U) * BLOCK_U
     end = tl.maximum(begin, end)
@@ -275,14 +294,9 @@ def _backward_queries(
     BLOCK_T: tl.constexpr, BLOCK_U: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries of one head."""
-    program = tl.program_id(0)
-    block = blocks - 1 - program % blocks
-    batch = (program // blocks // heads).to(tl.int64)
-    head = (program // blocks % heads).to(tl.int64)
-    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    there = t < queries
-    first = tl.load(first_ptr + batch * range_batch + t, mask=there, other=0)
-    stop = tl.load(stop_ptr + batch * range_batch + t, mask=there, other=0)
+    batch, head, t, there, first, stop = _queries_of(
+        first_ptr, stop_ptr, range_batch, heads, queries, blocks, BLOCK_T
+    )  # fmt: skip
     begin = tl.min(tl.where(there, first, keys), axis=0) // BLOCK_U * BLOCK_U
     end = tl.max(stop, axis=0)
     q_block, inside = _block_of(q_ptr, batch, head, q_batch, q_head, q_row, t, width, queries, D)
@@ -394,11 +408,6 @@ def tile(kernel: int, width: int, dtype: torch.dtype, device: torch.device) -> d
     return dict(BLOCK_T=queries, BLOCK_U=keys, D=D, PRECISION="ieee", num_warps=8, num_stages=stages)
 
 
-def with_rows(x: Tensor) -> Tensor:
-    """`x` with its last dim contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def per_sample(x: Tensor) -> int:
     """The stride from sample to sample; 0 where one row is all of theirs."""
     return 0 if len(x) == 1 else x.stride(0)
@@ -408,7 +417,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, ranges: tuple[Tensor, Tensor], scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(out in `dtype`, laid out as [B, T, N, D], which is what follows wants; lse)."""
-    q, k, v = (with_rows(x) for x in (q, k, v))
+    q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
     batch, heads, queries, width = q.shape
     out = torch.empty(batch, queries, heads, width, dtype=dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
@@ -425,7 +434,7 @@ def attend(
 
 def delta_of(do: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
     """rowsum(do ∘ out) - dlse: [B, N, T] in fp32."""
-    do, out = with_rows(do), with_rows(out)
+    do, out = last_dim_contiguous(do), last_dim_contiguous(out)
     batch, heads, queries, width = do.shape
     delta = torch.empty(batch, heads, queries, dtype=torch.float32, device=do.device)
     D = max(16, triton.next_power_of_2(width))
@@ -451,7 +460,7 @@ def attend_backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in `dtype`, contiguous. lse and δ may be those of more keys than these: ring attention's."""
-    q, k, v, do = (with_rows(x) for x in (q, k, v, do))
+    q, k, v, do = (last_dim_contiguous(x) for x in (q, k, v, do))
     batch, heads, queries, width = q.shape
     kv_heads, keys = k.shape[1:3]
     dq = torch.empty(q.shape, dtype=dtype, device=q.device)

@@ -21,8 +21,9 @@ BLOCK = 8192
 def grad_norm(tensors: Sequence[Tensor], *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """(Σ x² over all elements of all tensors, float64; whether all are finite, bool), both 0-d on their device.
 
-    A square that overflows fp32 (|x| > 1.8e19) counts as not finite. Raises ValueError for tensors of several dtypes or
-    devices, for none at all, and for what `backend` "triton" cannot run.
+    Squares are added up in fp32, 8192 at a time, in Triton: where such a sum overflows (3.4e38, from |x| = 2e17 if all
+    are as large) they count as not finite. Raises ValueError for tensors of several dtypes or devices, for none at all,
+    and for what `backend` "triton" cannot run.
     """
     check("grad_norm", tensors)
     if not use_triton(backend, "grad_norm", *tensors):
@@ -52,12 +53,8 @@ def cast_and_pack(pieces: Sequence[Tensor], bucket: Tensor, *, scale: float = 1.
     if not use_triton(backend, "cast_and_pack", *pieces, bucket):
         start = 0
         for piece in pieces:
-            wide = (
-                piece.reshape(-1)
-                if scale == 1.0
-                else piece.reshape(-1).to(torch.promote_types(piece.dtype, torch.float32)) * scale
-            )
-            bucket[start : start + piece.numel()].copy_(wide)
+            wide = piece.reshape(-1).to(torch.promote_types(piece.dtype, torch.float32))
+            bucket[start : start + piece.numel()].copy_(wide * scale)
             start += piece.numel()
         return bucket
     start = 0

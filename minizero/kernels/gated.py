@@ -43,14 +43,19 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: Approximation = "tanh", back
 
 
 @triton.jit
+def _place(columns, blocks, BLOCK: tl.constexpr):
+    """(row, columns, which of them exist) of this program: rows are cut into `blocks`."""
+    program = tl.program_id(0)
+    column = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return (program // blocks).to(tl.int64), column, column < columns
+
+
+@triton.jit
 def _forward(
     gate_ptr, up_ptr, y_ptr, gate_stride, up_stride, columns, blocks,
     BLOCK: tl.constexpr, SILU: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    row = (program // blocks).to(tl.int64)
-    column = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
+    row, column, inside = _place(columns, blocks, BLOCK)
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
     if SILU:
@@ -65,10 +70,7 @@ def _backward(
     dy_ptr, gate_ptr, up_ptr, d_gate_ptr, d_up_ptr, dy_stride, gate_stride, up_stride, columns, blocks,
     BLOCK: tl.constexpr, SILU: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    row = (program // blocks).to(tl.int64)
-    column = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
+    row, column, inside = _place(columns, blocks, BLOCK)
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)

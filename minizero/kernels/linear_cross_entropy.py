@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from minizero.kernels.backend import Backend, use_triton
-from minizero.kernels.cross_entropy import IGNORED, check, cross_entropy_torch, gradient_torch, losses_and_gradient
+from minizero.kernels.cross_entropy import IGNORED, check, gradient, losses_and_gradient, losses_of, statistics
 
 WORKSPACE = 1 << 29
 """Bytes of a chunk's logits."""
@@ -83,7 +83,7 @@ class _LinearCrossEntropy(Function):
         scale = 1.0 / counted.to(wide) if reduction == "mean" else torch.ones((), dtype=wide, device=x_TH.device)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         dx_TH = torch.zeros_like(x_TH) if needs_x else None
-        several = len(x_TH) > chunk
+        several, vocabulary = len(x_TH) > chunk, len(weight_VH)
         dw_VH = torch.zeros_like(weight_VH, dtype=wide if several else None) if needs_weight else None
         loss = x_TH.new_zeros((), dtype=wide)
         for start in range(0, len(x_TH), chunk):
@@ -94,9 +94,13 @@ class _LinearCrossEntropy(Function):
                 g_CV = logits_CV if needs_x or needs_weight else None
                 losses_C = losses_and_gradient(logits_CV, labels_C, scale, ignore_index, settings, g_CV)
             else:
-                losses_C = cross_entropy_torch(logits_CV, labels_C, ignore_index, *settings) * scale
+                counts_C = labels_C != ignore_index
+                whole_4C = statistics(logits_CV, labels_C, 0, settings[2], backend="torch")
+                losses_C = losses_of(whole_4C, labels_C, vocabulary, *settings[:2]) * scale
+                losses_C = torch.where(counts_C, losses_C, 0.0)
                 if needs_x or needs_weight:
-                    g_CV = (gradient_torch(logits_CV, labels_C, ignore_index, *settings) * scale).to(x_TH.dtype)
+                    factor_C = torch.where(counts_C, scale, 0.0)
+                    g_CV = gradient(logits_CV, labels_C, whole_4C, factor_C, 0, vocabulary, settings, backend="torch")
             loss += losses_C.sum()
             if g_CV is not None and dx_TH is not None:
                 torch.mm(g_CV, weight_VH, out=dx_TH[start : start + chunk])
@@ -114,7 +118,7 @@ class _LinearCrossEntropy(Function):
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy: backward has run before, and its gradients have been handed on")
         (dx_TH, dw_VH), ctx.gradients = ctx.gradients, None
-        for gradient in (dx_TH, dw_VH):
-            for rows in () if gradient is None else gradient.split(ROWS):  # widened in parts, as the factor is wide
+        for made in (dx_TH, dw_VH):
+            for rows in () if made is None else made.split(ROWS):  # widened in parts, as the factor is wide
                 rows.copy_(rows.to(grads[0].dtype) * grads[0])
         return dx_TH, dw_VH, None, None, None, None, None, None

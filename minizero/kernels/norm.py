@@ -26,11 +26,21 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from minizero.kernels.backend import Backend, as_rows, num_programs, one_dtype, same_shape, tl, triton, use_triton
+from minizero.kernels.backend import (
+    Backend,
+    as_rows,
+    at_least_fp32,
+    num_programs,
+    one_dtype,
+    same_shape,
+    tl,
+    triton,
+    use_triton,
+)
 from minizero.kernels.gelu import Approximation, gelu, gelu_slope, is_tanh
 
 WIDEST_FORWARD, WIDEST_BACKWARD = 16384, 8192  # columns in registers, without spills; of fp32, half in backward
-BLOCK_OF_WIDE = 4096
+BLOCK_OF_WIDE = 2048
 TILE = 4096  # elements of several short rows that one program takes at once
 
 
@@ -88,7 +98,7 @@ def layer_norm_gelu(
 
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The reference: statistics in at least fp32, x̂ rounded to the dtype of x before it meets the weight."""
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    wide = at_least_fp32(x)
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return (weight * (wide * scale).to(x.dtype)).to(x.dtype)
 

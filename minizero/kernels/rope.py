@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from minizero.kernels.backend import Backend, tl, triton, use_triton
+from minizero.kernels.backend import Backend, last_dim_contiguous, tl, triton, use_triton
 
 
 def rope(
@@ -116,20 +116,15 @@ def launch(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin:
     ]
     _rope[(batch * length,)](
         q, k, q_out, k_out, cos, sin, *strides, *angles, length, q_heads, k_heads, width // 2, sign,
-        Q_HEADS=triton.next_power_of_2(q_heads), K_HEADS=triton.next_power_of_2(k_heads),
+        Q_HEADS=triton.next_power_of_2(max(q_heads, 1)), K_HEADS=triton.next_power_of_2(max(k_heads, 1)),
         HALF=triton.next_power_of_2(width // 2),
     )  # fmt: skip
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """`x` with its last dim contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class _Rope(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
-        cos, sin = rows_of(cos), rows_of(sin)
+        cos, sin = last_dim_contiguous(cos), last_dim_contiguous(sin)
         ctx.save_for_backward(cos, sin)
         if in_place:
             if q.stride(-1) != 1 or k.stride(-1) != 1:
@@ -137,7 +132,7 @@ class _Rope(Function):
             ctx.mark_dirty(q, k)
             launch(q, k, q, k, cos, sin, 1.0)
             return q, k
-        q, k = rows_of(q), rows_of(k)
+        q, k = last_dim_contiguous(q), last_dim_contiguous(k)
         q_out, k_out = torch.empty_like(q), torch.empty_like(k)
         launch(q, k, q_out, k_out, cos, sin, 1.0)
         return q_out, k_out
@@ -146,7 +141,7 @@ class _Rope(Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         cos, sin = ctx.saved_tensors
-        dq, dk = (rows_of(grad) for grad in grads)
+        dq, dk = (last_dim_contiguous(grad) for grad in grads)
         dq_out, dk_out = torch.empty_like(dq), torch.empty_like(dk)
         launch(dq, dk, dq_out, dk_out, cos, sin, -1.0)
         return dq_out, dk_out, None, None, None

@@ -3,7 +3,7 @@
 Every class that owns parameters has a `reset_parameters()` that draws them from torch's default generator and from
 nothing else. So a model built on the meta device can be given its weights one module at a time, in any order.
 
-Layers with an attribute `kernels` take Triton's kernels or torch's, as it says (see `minizero.kernels.backend`).
+Layers that are `UsesKernels` take Triton's kernels or torch's code, as was chosen (see `minizero.kernels.backend`).
 
 Shape suffixes: B batch, S sequence, H hidden, N heads, D head width, V vocabulary.
 """
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minizero.kernels import Backend, cross_entropy, flash_attention, layer_norm, rms_norm
-from minizero.kernels.backend import use_triton
-from minizero.kernels.norm import add_rms_norm
+from minizero.kernels import Backend, add_rms_norm, cross_entropy, flash_attention, layer_norm, rms_norm
+from minizero.kernels.backend import UsesKernels, at_least_fp32
+from minizero.kernels.flash_attention import runs_in_triton
 from minizero.models.dropout import Dropout
 from minizero.utils.forward import running
 
@@ -61,10 +61,8 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=self.std)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.Module, UsesKernels):
     """x / sqrt(mean(x²) + eps) · weight over the last dim, in at least fp32 (Zhang & Sennrich, arXiv 1910.07467)."""
-
-    kernels: Backend = "auto"
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -82,16 +80,14 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x_BSH, residual_BSH, self.weight, self.eps, backend=self.kernels)
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(nn.LayerNorm, UsesKernels):
     """torch's, over the last dim, by the kernels that were chosen."""
-
-    kernels: Backend = "auto"
 
     def forward(self, input: Tensor) -> Tensor:
         return layer_norm(input, self.weight, self.bias, self.eps, backend=self.kernels)
 
 
-class CausalAttention(nn.Module):
+class CausalAttention(nn.Module, UsesKernels):
     """softmax(q kᵀ / √D, no position sees a later one, nor another document) v, the heads side by side: (B, S, N·D).
 
     Keys and values may have fewer heads (M divides N): each serves N / M consecutive query heads
@@ -105,7 +101,6 @@ class CausalAttention(nn.Module):
     """
 
     last_product_is_unread: ClassVar[bool] = True
-    kernels: Backend = "auto"
 
     def __init__(self, dropout: float = 0.0, eager: bool = False) -> None:
         super().__init__()
@@ -117,7 +112,7 @@ class CausalAttention(nn.Module):
         return attend(q_BNSD, k_BMSD, v_BMSD, documents_BS).transpose(1, 2).flatten(2)
 
     def _fused(self, q_BNSD: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, documents_BS: Tensor | None) -> Tensor:
-        if use_triton(self.kernels, "attention", q_BNSD, k_BMSD, v_BMSD):
+        if runs_in_triton(self.kernels, q_BNSD, k_BMSD, v_BMSD):
             return flash_attention(q_BNSD, k_BMSD, v_BMSD, documents_BT=documents_BS, backend=self.kernels)[0]
         mask = None if documents_BS is None else ~hidden(q_BNSD, documents_BS)
         grouped = q_BNSD.shape[1] != k_BMSD.shape[1]
@@ -162,10 +157,8 @@ def split_heads(x_BSE: Tensor, head_dim: int) -> Tensor:
     return x_BSE.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
-class SummedCrossEntropy(nn.Module):
+class SummedCrossEntropy(nn.Module, UsesKernels):
     """`summed_cross_entropy` as a module: a place for another loss that gives the same numbers."""
-
-    kernels: Backend = "auto"
 
     def forward(self, logits_BSV: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
         return summed_cross_entropy(logits_BSV, labels_BS, self.kernels)
@@ -177,15 +170,6 @@ def summed_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, kernels: Backend
     A sum and a count, not a mean: only so do ragged micro-batches and ranks add up to exactly the big batch. In Triton
     the logits' memory becomes that of their gradient.
     """
-    if use_triton(kernels, "cross_entropy", logits_BSV):
-        logits_TV, labels_T = logits_BSV.flatten(0, 1), labels_BS.flatten()
-        loss = cross_entropy(logits_TV, labels_T, ignore_index=IGNORED, reduction="sum", in_place=True, backend=kernels)
-        return loss, (labels_T != IGNORED).sum()
-    logits_TV, labels_T = at_least_fp32(logits_BSV).flatten(0, 1), labels_BS.flatten()
-    loss = F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORED, reduction="sum")
+    logits_TV, labels_T = logits_BSV.flatten(0, 1), labels_BS.flatten()
+    loss = cross_entropy(logits_TV, labels_T, ignore_index=IGNORED, reduction="sum", in_place=True, backend=kernels)
     return loss, (labels_T != IGNORED).sum()
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """`x` in fp32 if it is a 16-bit tensor, else as it is."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

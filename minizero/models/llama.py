@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from minizero.config.schema import ModelConfig
-from minizero.kernels import Backend, rope, swiglu
+from minizero.kernels import rope, swiglu
+from minizero.kernels.backend import UsesKernels
 from minizero.models.layers import (
     CausalAttention,
     Embedding,
@@ -123,10 +124,8 @@ class Layer(nn.Module):
         return x_BSH + self.mlp(normed_BSH)
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, UsesKernels):
     """Causal self-attention; `num_kv_heads` key/value heads serve `num_heads` query heads."""
-
-    kernels: Backend = "auto"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -147,10 +146,8 @@ class Attention(nn.Module):
         return self.o_proj(self.attend(q_BNSD, k_BMSD, v_BMSD, documents_BS))
 
 
-class MLP(nn.Module):
+class MLP(nn.Module, UsesKernels):
     """SwiGLU: down(silu(gate(x)) · up(x)) (Shazeer, arXiv 2002.05202)."""
-
-    kernels: Backend = "auto"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minizero.kernels.backend import Backend, use_triton
+from minizero.kernels.backend import Backend, at_least_fp32
 from minizero.kernels.flash_attention import attend as attend_in_triton
 from minizero.kernels.flash_attention import attend_backward as attend_backward_in_triton
-from minizero.kernels.flash_attention import ranges_of
+from minizero.kernels.flash_attention import ranges_of, runs_in_triton
 
 ROWS = 256  # queries of a tile: enough for the matrix products to be efficient
 
@@ -68,11 +68,6 @@ class Mask:
         )
 
 
-def wide(x: Tensor) -> Tensor:
-    """16-bit values in fp32, others as they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def tiles(num_queries: int, num_keys: int, causal: bool) -> Iterator[tuple[int, int, int]]:
     """(first query, one past the last, keys that some of them see) of each tile."""
     for start in range(0, num_queries, ROWS):
@@ -82,7 +77,7 @@ def tiles(num_queries: int, num_keys: int, causal: bool) -> Iterator[tuple[int, 
 
 def grouped(x_BNTD: Tensor, num_kv_heads: int) -> Tensor:
     """(B, N, T, D) -> (B, M, G·T, D): the queries of the heads that share a key head, as one matrix."""
-    return wide(x_BNTD).unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
+    return at_least_fp32(x_BNTD).unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
 
 
 def scores(q_BMRD: Tensor, k_BMUD: Tensor, scale: float, hidden: Tensor | None, rows: int) -> Tensor:
@@ -97,9 +92,9 @@ def attend(
     q_BNTD: Tensor, k_BMUD: Tensor, v_BMUD: Tensor, scale: float, mask: Mask, kernels: Backend = "torch"
 ) -> tuple[Tensor, Tensor]:
     """(out (B, N, T, D), lse (B, N, T)) in at least fp32; a query that sees no key has out 0 and lse -inf."""
-    if use_triton(kernels, "attention", q_BNTD, k_BMUD, v_BMUD):
+    if runs_in_triton(kernels, q_BNTD, k_BMUD, v_BMUD):
         return attend_in_triton(q_BNTD, k_BMUD, v_BMUD, mask.ranges(q_BNTD, k_BMUD), scale, torch.float32)
-    k_BMUD, v_BMUD = wide(k_BMUD), wide(v_BMUD)
+    k_BMUD, v_BMUD = at_least_fp32(k_BMUD), at_least_fp32(v_BMUD)
     kv_heads = k_BMUD.shape[1]
     out_BNTD = q_BNTD.new_empty(q_BNTD.shape, dtype=k_BMUD.dtype)
     lse_BNT = q_BNTD.new_empty(q_BNTD.shape[:-1], dtype=k_BMUD.dtype)
@@ -143,7 +138,7 @@ def attend_backward(
         grad_BNTD: of the joined output. lse_BNT: the joined one. delta_BNT: rowsum(grad ∘ joined output).
         kernels: see `minizero.kernels`.
     """
-    if use_triton(kernels, "attention", q_BNTD, k_BMUD, v_BMUD):
+    if runs_in_triton(kernels, q_BNTD, k_BMUD, v_BMUD):
         ranges = mask.ranges(q_BNTD, k_BMUD)
         more = attend_backward_in_triton(
             q_BNTD, k_BMUD, v_BMUD, grad_BNTD, lse_BNT, delta_BNT, ranges, scale, torch.float32
@@ -151,7 +146,7 @@ def attend_backward(
         for total, part in zip(into, more, strict=True):
             total += part
         return
-    k_BMUD, v_BMUD = wide(k_BMUD), wide(v_BMUD)
+    k_BMUD, v_BMUD = at_least_fp32(k_BMUD), at_least_fp32(v_BMUD)
     kv_heads = k_BMUD.shape[1]
     dq_BNTD, dk_BMUD, dv_BMUD = into
     for start, stop, keys in tiles(q_BNTD.shape[2], k_BMUD.shape[2], mask.causal):

@@ -39,8 +39,9 @@ from torch.nn import functional as F
 from minizero.dist.collectives import Communicator
 from minizero.dist.sharding import split_sizes
 from minizero.kernels import Backend, flash_attention
-from minizero.kernels.backend import use_triton
-from minizero.parallel.block_attention import Mask, attend, attend_backward, join, wide
+from minizero.kernels.backend import at_least_fp32
+from minizero.kernels.flash_attention import runs_in_triton
+from minizero.parallel.block_attention import Mask, attend, attend_backward, join
 from minizero.utils.forward import running
 
 Method = Literal["ring", "ulysses"]
@@ -191,8 +192,8 @@ class _RingAttention(Function):
         grad_BNLD = grads[0]
         comm, ring, documents, unit = ctx.comm, ctx.ring, ctx.documents, ctx.unit
         rank = comm.rank if comm else 0
-        delta_BNL = (wide(grad_BNLD) * wide(out_BNLD)).sum(-1)
-        dq_BNLD = torch.zeros_like(wide(q_BNLD))
+        delta_BNL = (at_least_fp32(grad_BNLD) * at_least_fp32(out_BNLD)).sum(-1)
+        dq_BNLD = torch.zeros_like(at_least_fp32(q_BNLD))
         own: list[Tensor] = []
         arriving_sums: Callable[[], list[Tensor]] | None = None
         block = [k_BMLD.contiguous(), v_BMLD.contiguous()]
@@ -201,7 +202,7 @@ class _RingAttention(Function):
             arriving = (
                 start_shift(comm, block, ring, ring.owner(rank, step + 1), unit) if step + 1 < ring.size else None
             )
-            sums = [torch.zeros_like(wide(part)) for part in block]
+            sums = [torch.zeros_like(at_least_fp32(part)) for part in block]
             for queries, keys, diagonal in ring.visible(rank, owner):
                 mask = mask_of(documents, rank, owner, queries, keys, diagonal)
                 q, k, v = q_BNLD[:, :, queries], block[0][:, :, keys], block[1][:, :, keys]
@@ -390,7 +391,7 @@ def ulysses_attention(
     if kv_of_query != [query // each for query in range(len(kv_of_query))]:  # groups of unequal size
         chosen = torch.tensor(kv_of_query, device=q_BNSD.device)
         k_BMSD, v_BMSD = k_BMSD.index_select(1, chosen), v_BMSD.index_select(1, chosen)
-    if use_triton(kernels, "attention", q_BNSD, k_BMSD, v_BMSD):
+    if runs_in_triton(kernels, q_BNSD, k_BMSD, v_BMSD):
         out_BNSD, _ = flash_attention(q_BNSD, k_BMSD, v_BMSD, documents_BT=documents_BS, scale=scale, backend=kernels)
     elif documents_BS is None:
         out_BNSD = F.scaled_dot_product_attention(

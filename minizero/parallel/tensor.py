@@ -27,10 +27,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from minizero.dist import conjugate
-from minizero.dist.collectives import Communicator, sum_in_order
+from minizero.dist.collectives import Communicator
 from minizero.dist.sharding import TensorShard, split_sizes
-from minizero.kernels.backend import Backend, use_triton
-from minizero.kernels.cross_entropy import gradient, statistics
+from minizero.kernels.backend import Backend, UsesKernels
+from minizero.kernels.cross_entropy import gradient, losses_of, statistics
 from minizero.parallel.linear import Anchor, anchor, linear
 from minizero.parallel.random import draw_from
 from minizero.utils.forward import running
@@ -167,8 +167,8 @@ class VocabParallelEmbedding(nn.Module):
 # ---- the loss, where logits are never gathered ----
 
 
-class _FusedVocabParallelCrossEntropy(Function):
-    """Loss per token by the kernels of `minizero.kernels.cross_entropy`; saves the logits and two numbers per token."""
+class _VocabParallelCrossEntropy(Function):
+    """Loss per token, by the halves of `minizero.kernels.cross_entropy`; saves the logits and four numbers each."""
 
     @staticmethod
     def forward(
@@ -180,74 +180,32 @@ class _FusedVocabParallelCrossEntropy(Function):
         smoothing: float,
         z: float,
         in_place: bool,
+        kernels: Backend,
     ) -> Tensor:
         ((first, _),) = shard.ranges[shard.rank]
-        vocab, unit = shard.shape[0], "cross entropy"
-        parts = comm.gather_rows(statistics(logits_TV, labels_T, first, sums=smoothing > 0), unit)  # [ranks, 4, T]
-        highest_T = parts[:, 0].amax(dim=0)
-        total_T = sum_in_order([part[1] * (part[0] - highest_T).exp() for part in parts])
-        target_T, sums_T = sum_in_order([part[2] for part in parts]), sum_in_order([part[3] for part in parts])
-        lse_T = highest_T + total_T.log()
-        ctx.save_for_backward(logits_TV, labels_T, highest_T, total_T)
-        ctx.first, ctx.vocab, ctx.settings, ctx.in_place = first, vocab, (smoothing, z, 0.0), in_place
-        return lse_T - (1 - smoothing) * target_T - smoothing / vocab * sums_T + z * lse_T.square()
+        own_4T = statistics(logits_TV, labels_T, first, sums=smoothing > 0, backend=kernels)
+        parts_R4T = comm.gather_rows(own_4T, "cross entropy")
+        highest_RT, total_RT = parts_R4T[:, 0], parts_R4T[:, 1]
+        highest_T = highest_RT.amax(dim=0)
+        total_T = (total_RT * (highest_RT - highest_T).exp()).sum(dim=0)
+        whole_4T = torch.stack([highest_T, total_T, parts_R4T[:, 2].sum(dim=0), parts_R4T[:, 3].sum(dim=0)])
+        ctx.save_for_backward(logits_TV, labels_T, whole_4T)
+        ctx.first, ctx.vocab, ctx.settings = first, shard.shape[0], (smoothing, z, 0.0)
+        ctx.in_place, ctx.kernels = in_place, kernels
+        return losses_of(whole_4T, labels_T, shard.shape[0], smoothing, z)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        logits_TV, labels_T, highest_T, total_T = ctx.saved_tensors  # raises when they were written over before
-        in_place = ctx.in_place and logits_TV.stride(-1) == 1
-        numbers = highest_T, total_T, grads[0].float(), ctx.first, ctx.vocab, ctx.settings
-        grad_TV = gradient(logits_TV, labels_T, *numbers, in_place=in_place)
-        if in_place:
+        logits_TV, labels_T, whole_4T = ctx.saved_tensors  # raises when they were written over before
+        factor_T = grads[0].to(whole_4T.dtype)
+        grad_TV = gradient(
+            logits_TV, labels_T, whole_4T, factor_T, ctx.first, ctx.vocab, ctx.settings,
+            in_place=ctx.in_place, backend=ctx.kernels,
+        )  # fmt: skip
+        if grad_TV.data_ptr() == logits_TV.data_ptr():
             torch.autograd.graph.increment_version(logits_TV)
         return grad_TV, None, None, None, None, None, None, None
-
-
-class _VocabParallelCrossEntropy(Function):
-    """Loss per token; see `vocab_parallel_cross_entropy`. Saves the local softmax; backward makes it the gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits_TV: Tensor,
-        labels_T: Tensor,
-        comm: Communicator,
-        shard: TensorShard,
-        smoothing: float,
-        z: float,
-    ) -> Tensor:
-        ((start, _),) = shard.ranges[shard.rank]
-        vocab = shard.shape[0]
-        unit = "cross entropy"
-        highest_T = logits_TV.amax(dim=-1)
-        highest_T = comm.gather_rows(highest_T, unit).amax(dim=0)
-        shifted_TV = logits_TV - highest_T.unsqueeze(-1)  # the one new tensor of the logits' size
-        local_T = labels_T - start
-        elsewhere_T = (local_T < 0) | (local_T >= logits_TV.shape[-1])
-        index_T1 = local_T.masked_fill(elsewhere_T, 0).unsqueeze(-1)
-        target_T = shifted_TV.gather(-1, index_T1).squeeze(-1).masked_fill(elsewhere_T, 0.0)
-        sums_T = shifted_TV.sum(dim=-1) if smoothing else torch.zeros_like(target_T)
-        softmax_TV = shifted_TV.exp_()
-        stacked = torch.stack([softmax_TV.sum(dim=-1), target_T, sums_T])
-        total_T, target_T, sums_T = comm.all_reduce(stacked, unit)()
-        softmax_TV.div_(total_T.unsqueeze(-1))
-        log_z_T = total_T.log() + highest_T
-        loss_T = total_T.log() - (1 - smoothing) * target_T - smoothing / vocab * sums_T + z * log_z_T.square()
-        ctx.save_for_backward(softmax_TV, index_T1, elsewhere_T, log_z_T)
-        ctx.smoothing, ctx.vocab, ctx.z = smoothing, vocab, z
-        return loss_T
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        softmax_TV, index_T1, elsewhere_T, log_z_T = ctx.saved_tensors
-        factor_T = grads[0]
-        grad_TV = softmax_TV.mul_((factor_T * (1 + 2 * ctx.z * log_z_T)).unsqueeze(-1))
-        if ctx.smoothing:
-            grad_TV.sub_((factor_T * ctx.smoothing / ctx.vocab).unsqueeze(-1))
-        here_T = factor_T.masked_fill(elsewhere_T, 0.0) * (1 - ctx.smoothing)
-        grad_TV.scatter_add_(-1, index_T1, -here_T.unsqueeze(-1))
-        return grad_TV, None, None, None, None, None
 
 
 def vocab_parallel_cross_entropy(
@@ -271,19 +229,13 @@ def vocab_parallel_cross_entropy(
         z_loss: factor of log² Z (PaLM, arXiv 2204.02311).
         in_place: in Triton the gradient may take the logits' memory: nothing else reads them.
 
-    A few numbers per token cross between ranks: the largest logit, Σ exp, the label's logit, and for smoothing Σ.
+    Four numbers per token cross between ranks, in one exchange: the largest logit, Σ exp, the label's logit, Σ of all.
     """
-    if use_triton(kernels, "vocab_parallel_cross_entropy", logits_TV):
-        counted_T = labels_T != ignored
-        safe_T = labels_T.masked_fill(~counted_T, 0)
-        loss_T = _FusedVocabParallelCrossEntropy.apply(
-            logits_TV, safe_T, comm, shard, label_smoothing, z_loss, in_place
-        )
-        return loss_T.masked_fill(~counted_T, 0.0)
-    wide_TV = logits_TV.float() if logits_TV.dtype in (torch.float16, torch.bfloat16) else logits_TV
     counted_T = labels_T != ignored
     safe_T = labels_T.masked_fill(~counted_T, 0)
-    loss_T = _VocabParallelCrossEntropy.apply(wide_TV, safe_T, comm, shard, label_smoothing, z_loss)
+    loss_T = _VocabParallelCrossEntropy.apply(
+        logits_TV, safe_T, comm, shard, label_smoothing, z_loss, in_place, kernels
+    )
     return loss_T.masked_fill(~counted_T, 0.0)
 
 
@@ -317,10 +269,8 @@ class ShiftedVocabParallelLoss:
         return loss_T.sum() / ((labels_T != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-class VocabParallelLoss(nn.Module):
+class VocabParallelLoss(nn.Module, UsesKernels):
     """(sum of the losses, number of labels that count) from cut logits: what our models' loss is over whole ones."""
-
-    kernels: Backend = "auto"
 
     def __init__(self, comm: Communicator, shard: TensorShard) -> None:
         super().__init__()
