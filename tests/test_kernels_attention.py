@@ -512,14 +512,17 @@ def test_what_triton_cannot_run_is_refused_by_name(monkeypatch):
     refused_by_name("flash_attention", op, monkeypatch)
 
 
-def test_heads_that_are_too_wide_are_for_torch():
+def test_heads_that_are_too_wide_are_for_torch(monkeypatch):
     """Also between the blocks of a ring, which have no need of `flash_attention` itself."""
     wide = randn(1, 2, 5, WIDEST + 8)
     with pytest.raises(ValueError, match=f"head width {WIDEST + 8}; legal: up to {WIDEST}"):
         flash_attention(wide, wide, wide, backend="triton")
     with pytest.raises(ValueError, match=f"head width {WIDEST + 8}; legal: up to {WIDEST}"):
         attend(wide, wide, wide, 1.0, Mask(causal=True), "triton")
+    on_a_gpu = sys.modules["minizero.kernels.flash_attention"]  # the package's attribute of that name is the function
+    monkeypatch.setattr(on_a_gpu, "use_triton", lambda *_: True)
     assert not runs_in_triton("auto", wide, wide, wide)
+    assert runs_in_triton("auto", *[wide[..., :WIDEST]] * 3)
 
 
 # ---- torch.compile ----

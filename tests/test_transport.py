@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import time
 from unittest.mock import patch
 
@@ -22,6 +23,7 @@ from minizero.dist.dims import ParallelDims
 from minizero.dist.ledger import CommLedger
 from minizero.dist.mesh import build_mesh
 from minizero.dist.sharding import FlatLayout
+from minizero.dist.transport import Call
 
 MEMORY = {"timeout": 20.0, "transport": "memory"}
 MESSAGES = {"timeout": 20.0, "transport": "messages"}
@@ -257,3 +259,22 @@ def test_a_rank_that_died_is_named():
     with pytest.raises(DistributedError, match=r"rank 0: all_gather of u .*failed.*a peer died") as caught:
         run_distributed(die_lending, 2, timeout=20)
     assert "CollectiveError" in caught.value.failures[0]
+
+
+def test_a_reader_that_ends_has_either_marked_or_is_named():
+    """One that ended after it had read is no failure; one that ended before must not be taken for a reader."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    board = neighbour.Board(2)
+    peers = [neighbour.Places(pid, board.memory.data_ptr(), 2) for pid in (os.getpid(), gone.pid)]
+    memory = neighbour.NeighbourMemory(0, board, peers, timeout=5.0)
+    call = Call(0, "unit", 0)
+    lending = memory.lend({1: [torch.zeros(3)]}, call)
+    with pytest.raises(RuntimeError, match=f"rank 1 .process {gone.pid}. cannot be read"):
+        lending.wait()
+    board.marks[call.operation, call.number, 1] = call.number + 1
+    lending.wait()
+    assert lending.readers == []
+    marks = iter((False, True))  # it marks, and ends, between the two looks
+    with patch.object(board, "has_mark", lambda *_: next(marks)):
+        assert memory.is_marked(call, 1)
