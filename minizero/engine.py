@@ -11,6 +11,7 @@ which is exact for ragged batches where a mean of means is not.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -24,8 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map
 
 from minizero.checkpoint.load import load_state
-from minizero.checkpoint.save import save_state
-from minizero.checkpoint.state import TrainingState, everyone
+from minizero.checkpoint.save import KEEP_ALL, Background, Retention, prepare
+from minizero.checkpoint.state import DEGREES, TrainingState, everyone
 from minizero.checkpoint.weights import load_weights, save_weights
 from minizero.config import Config
 from minizero.config.batch import BatchSizes
@@ -93,6 +94,7 @@ class Engine:
         self._iterator: Iterator[Any] | None = None
         self._compares_inputs = config.parallel.tp * config.parallel.cp * config.parallel.pp > 1
         self._num_parameters = num_parameters
+        self._background = Background(world.apart)
         self.pipeline: Pipelined | None = None
         if stages is not None and stages.stage is not None:
             call = lambda batch: self._call(*arguments(self._on_device(batch)))  # noqa: E731
@@ -492,19 +494,46 @@ class Engine:
         client_state: dict[str, Any] | None = None,
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
+        retention: Retention = KEEP_ALL,
     ) -> bool:
         """Write everything that resuming needs to `save_dir/tag` (default `global_step{N}`); collective.
 
-        Refused in the middle of an accumulation window, whose gradients are not part of a checkpoint.
+        With `checkpoint.asynchronous` it returns once the state is copied to host memory, and writes on a thread; the
+        next save, `wait_for_checkpoint` or `destroy` then raises what went wrong. Refused in the middle of an
+        accumulation window, whose gradients are not part of a checkpoint. Raises `CheckpointError` on every rank when
+        one of them cannot write; what was saved before is then as it was.
+
+        Args:
+            save_latest: have `save_dir/latest` name this one. retention: which older ones stay (default: all).
         """
         if self._window.micro_batches:
             raise RuntimeError("save_checkpoint() in the middle of an accumulation window; call it after step()")
         if exclude_frozen_parameters:
             raise ValueError("exclude_frozen_parameters is not available: a checkpoint holds every parameter")
         name = f"global_step{self.global_steps}" if tag is None else str(tag)
+        settings = self.settings.checkpoint
+        self.wait_for_checkpoint()
         with self.ledger.phase("checkpoint"):
-            save_state(self._state(), Path(save_dir), name, client_state or {}, save_latest)
+            save = prepare(
+                self._state(),
+                Path(save_dir),
+                name,
+                client_state or {},
+                latest=save_latest,
+                retention=retention,
+                checksum=settings.checksum,
+                copy=settings.asynchronous,
+                comm=self._background.comm if settings.asynchronous else None,
+            )
+            if settings.asynchronous:
+                self._background.start(save)
+            else:
+                save.run()
         return True
+
+    def wait_for_checkpoint(self) -> None:
+        """Return when no checkpoint is being written any more. Raises what the last one raised, on every rank."""
+        self._background.wait()
 
     def load_checkpoint(
         self,
@@ -515,30 +544,41 @@ class Engine:
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
     ) -> tuple[str | None, dict[str, Any]]:
-        """Continue from `load_dir/tag` (default: what the file `latest` names); collective.
+        """Continue from `load_dir/tag` (default: what the file `latest` names), in any layout; collective.
 
         Returns (path, client_state), or (None, {}) when there is no checkpoint. Raises `CheckpointError` naming the
-        file that is damaged or the layout that differs.
+        file that is damaged or what does not fit, before it changes anything. One that is damaged is passed over for
+        an older one only with `checkpoint.allow_fallback`.
         """
         if not load_module_strict:
             raise ValueError("load_module_strict=False is not available: a checkpoint must hold every parameter")
+        self.wait_for_checkpoint()
         with self.ledger.phase("checkpoint"):
-            path, counters, client_state = load_state(
-                self._state(),
+            state = self._state()
+            path, manifest = load_state(
+                state,
                 Path(load_dir),
                 tag,
                 optimizer=load_optimizer_states and not load_module_only,
                 scheduler=load_lr_scheduler_states and not load_module_only,
+                allow_fallback=self.settings.checkpoint.allow_fallback,
             )
-            if path is not None:
-                self.zero_grad()
-                self.runtime.refresh()
-        if path is not None and not load_module_only:
-            self._iterator = None
-            self.global_steps, self.global_samples = counters["global_steps"], counters["global_samples"]
-            self.entry.stepped(self.global_steps)
-            self.skipped_steps, self.micro_steps = counters["skipped_steps"], counters["micro_steps"]
-        return (str(path) if path else None), client_state
+            if path is None:
+                return None, {}
+            self.zero_grad()
+            self.runtime.refresh()
+        if not load_module_only:
+            self._continue_from(manifest, same_layout=manifest["layout"] == state.layout)
+        return str(path), manifest["client_state"]
+
+    def _continue_from(self, manifest: dict[str, Any], same_layout: bool) -> None:
+        counters = manifest["counters"]
+        self._iterator = None
+        self.global_steps, self.global_samples = counters["global_steps"], counters["global_samples"]
+        self.skipped_steps, self.micro_steps = counters["skipped_steps"], counters["micro_steps"]
+        if not same_layout:  # of this layout there would have been as many as hold the samples
+            self.micro_steps = self.global_samples // (self.batch.micro_batch_size * self.dp_size)
+        self.entry.stepped(self.global_steps)
 
     def _state(self) -> TrainingState:
         counters = {
@@ -547,8 +587,26 @@ class Engine:
             "skipped_steps": self.skipped_steps,
             "micro_steps": self.micro_steps,
         }
+        parallel = self.settings.parallel
+        degrees = dict(zip(DEGREES, (parallel.pp, self.dp_size, parallel.cp, parallel.tp), strict=True))
+        layout = {
+            **degrees,
+            "zero_stage": self.settings.zero.stage,
+            "precision": self.settings.precision,
+            "micro_batch_size": self.batch.micro_batch_size,
+            "accumulation": self.batch.accumulation,
+        }
+        text = self.settings.model_dump_json(exclude={"run", "log", "debug"})
         return TrainingState(
-            self.module, self.runtime, self.optimizer, self.lr_scheduler, self.comm, self.world, counters
+            self.module,
+            self.runtime,
+            self.optimizer,
+            self.lr_scheduler,
+            self.comm,
+            self.world,
+            counters,
+            layout,
+            hashlib.sha256(text.encode()).hexdigest(),
         )
 
     def save_16bit_model(self, save_dir: str | Path, save_filename: str = "model.safetensors") -> bool:
@@ -584,11 +642,12 @@ class Engine:
             load_weights(self.runtime, self.module, Path(path), self.world)
 
     def destroy(self) -> None:
-        """Take our hooks off the model, drop gradients, close log files.
+        """Wait for a checkpoint on its way, take our hooks off the model, drop gradients, close log files.
 
         Below stage 3 the model is then an ordinary one; at stage 3 its parameters stay sharded, and it is of no use.
         What was cut into stages stays cut.
         """
+        self.wait_for_checkpoint()
         self.runtime.detach()
         for handle in self.entry.hooks:
             handle.remove()

@@ -7,9 +7,13 @@ and `summary.json`.
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from minizero.checkpoint.files import LATEST, prune
+from minizero.checkpoint.files import LATEST, CheckpointError
+from minizero.checkpoint.save import Retention
 from minizero.config import Config, ConfigError
 from minizero.config.load import read_resolved
 from minizero.engine import Engine
@@ -54,9 +58,30 @@ def finished_steps(folder: Path, config: Config) -> int:
 
 
 def save(engine: Engine, corpus: str, folder: Path, config: Config) -> None:
-    """Write a checkpoint that names its corpus, if this step has none yet, and remove the oldest; collective."""
-    if not (folder / "checkpoints" / f"global_step{engine.global_steps}").exists():
-        engine.world.barrier(engine.device)  # all ranks have looked before one of them writes
-        engine.save_checkpoint(folder / "checkpoints", client_state={"corpus": corpus})
+    """Write a checkpoint that names its corpus, and remove the oldest; collective.
+
+    Where `checkpoint.on_error` is "continue", one that cannot be written is a line on stderr.
+    """
+    settings = config.checkpoint
+    retention = Retention(settings.keep, settings.keep_every)
+    finish_save(engine, config)
+    with told_or_raised(engine, config):
+        engine.save_checkpoint(folder / "checkpoints", client_state={"corpus": corpus}, retention=retention)
+
+
+def finish_save(engine: Engine, config: Config) -> None:
+    """Wait for the checkpoint that is being written, if there is one."""
+    with told_or_raised(engine, config):
+        engine.wait_for_checkpoint()
+
+
+@contextmanager
+def told_or_raised(engine: Engine, config: Config) -> Iterator[None]:
+    """Inside, a checkpoint that cannot be written is what `checkpoint.on_error` says it is."""
+    try:
+        yield
+    except CheckpointError as error:
+        if config.checkpoint.on_error == "stop":
+            raise
         if engine.global_rank == 0:
-            prune(folder / "checkpoints", config.checkpoint.keep)
+            print(f"minizero: training goes on without a checkpoint: {error}", file=sys.stderr, flush=True)

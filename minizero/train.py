@@ -32,7 +32,7 @@ from minizero.models import build
 from minizero.observe.metrics import MetricsWriter
 from minizero.observe.progress import Progress
 from minizero.report import bits_per_byte, report
-from minizero.run_folder import checkpoint_folder, finished_steps, save
+from minizero.run_folder import checkpoint_folder, finish_save, finished_steps, save
 
 EXPECTED = (ValueError, OSError, CheckpointError, minizero.CollectiveError, FloatingPointError)
 HEAD_START = 4.0  # seconds in which rank 0 says what all ranks have to say
@@ -140,7 +140,7 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
 
 
 def training_loader(engine: minizero.Engine, data: PreparedData, config: Config) -> TokenLoader:
-    """This rank's batches from the engine's step on. Raises ValueError when the corpus holds no whole sequence."""
+    """This rank's batches from the engine's next sample on. Raises ValueError where there is no whole sequence."""
     return TokenLoader(
         data.train,
         sequence_length=config.train.sequence_length,
@@ -149,7 +149,7 @@ def training_loader(engine: minizero.Engine, data: PreparedData, config: Config)
         seed=config.train.seed,
         dp_rank=engine.dp_rank,
         dp_size=engine.dp_size,
-        start_step=engine.global_steps,
+        start_sample=engine.global_samples,
     )
 
 
@@ -159,6 +159,7 @@ def train(
     """The loop: one global batch, one line of metrics, now and then a checkpoint or an evaluation."""
     settings, batches = config.train, iter(loader)
     start, began = engine.global_steps, time.perf_counter()
+    saved = start if (folder / "checkpoints").is_dir() else -1  # the step of the newest checkpoint here
     metrics = MetricsWriter(folder / "metrics.jsonl", last_step=start) if chief else None
     progress = Progress(settings.steps, start, time_limit=settings.time_limit) if chief else None
     if progress is not None:
@@ -175,11 +176,14 @@ def train(
                 progress.update(engine.global_steps, loss, record["tokens_per_second"])
             if config.checkpoint.every and engine.global_steps % config.checkpoint.every == 0:
                 save(engine, data.fingerprint, folder, config)
+                saved = engine.global_steps
     finally:
         if metrics is not None and progress is not None:
             progress.__exit__(None, None, None)
             metrics.close()
-    save(engine, data.fingerprint, folder, config)
+    if engine.global_steps != saved:
+        save(engine, data.fingerprint, folder, config)
+    finish_save(engine, config)
 
 
 def step_record(engine: minizero.Engine, loss: float, seconds: float) -> dict:

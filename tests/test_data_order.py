@@ -137,7 +137,9 @@ def test_ranks_and_resumption_follow_the_global_order(
     whole = first_tokens(TokenLoader(stream, micro_batch_size=12, **sizes), start + 2)[start * 12 :]
     parts: list[list[int]] = [[], []]
     for rank in range(dp_size):
-        loader = TokenLoader(stream, micro_batch_size=micro, dp_rank=rank, dp_size=dp_size, start_step=start, **sizes)
+        loader = TokenLoader(
+            stream, micro_batch_size=micro, dp_rank=rank, dp_size=dp_size, start_sample=12 * start, **sizes
+        )
         mine = first_tokens(loader, 2 * 12 // dp_size // micro)
         parts[0] += mine[: 12 // dp_size]
         parts[1] += mine[12 // dp_size :]

@@ -1,43 +1,77 @@
-"""Resuming a training run: everything is checked before anything is changed, and every rank hears of any trouble."""
+"""Resuming a training run, in any layout: everything is checked before anything is changed, and every rank hears of it.
+
+Each rank reads, of whichever files hold it, the boxes that its own shards consist of: never more than one tensor at a
+time. Before that the files' checksums are taken, each by one rank.
+"""
 
 from __future__ import annotations
 
-from itertools import product
+import json
+import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from minizero.checkpoint.files import LATEST, MANIFEST, CheckpointError, check_file, read_manifest
-from minizero.checkpoint.state import TrainingState, check_complete, everyone, file_name
+from minizero.checkpoint.files import (
+    LATEST,
+    MANIFEST,
+    CheckpointError,
+    check_presence,
+    older_whole,
+    read_manifest,
+)
+from minizero.checkpoint.state import (
+    DEGREES,
+    TrainingState,
+    boxes_in,
+    check_complete,
+    everyone,
+    file_name,
+    key_of,
+)
+from minizero.checkpoint.tensor_file import HASHES, TensorFile, hash_file
+from minizero.dist.boxes import Box, inside, overlap, part_of, pieces
+from minizero.utils.warnings import warn_once
 
 
 def load_state(
-    state: TrainingState, folder: Path, tag: str | None, *, optimizer: bool, scheduler: bool
-) -> tuple[Path | None, dict[str, int], dict[str, Any]]:
-    """(path, counters, client_state) of the checkpoint, its values in place; (None, {}, {}) when there is none.
+    state: TrainingState,
+    folder: Path,
+    tag: str | None,
+    *,
+    optimizer: bool,
+    scheduler: bool,
+    allow_fallback: bool = False,
+) -> tuple[Path | None, dict[str, Any]]:
+    """(path, manifest) of the checkpoint, its values in place; (None, {}) when there is none.
 
     Collective. Raises CheckpointError on every rank, with nothing changed, when the checkpoint is damaged or does not
-    fit.
+    fit; it names the newest one that looks whole, which is taken instead only with `allow_fallback`.
     """
-    path = find_checkpoint(folder, tag)
-    agreed = state.world.gather_bytes(str(path).encode(), "checkpoint path", state.runtime.device)[0].decode()
-    if agreed == "None":
-        return None, {}, {}
-    path = Path(agreed)
-
-    def check() -> None:
-        manifest = read_manifest(path)
-        check_fit(state, path, manifest, optimizer=optimizer)
-        (own,) = [file for file in manifest["files"] if file["file"] == state.file_name]  # `check_fit` has seen to it
-        check_file(path, own)
-
-    everyone(state.world, state.runtime.device, check)
-    manifest = read_manifest(path)
-    reader = SliceReader(path, state.files_of_part(manifest["files"]))
-    everyone(state.world, state.runtime.device, lambda: read_values(state, reader, optimizer=optimizer))
+    path = agree_on(state, lambda: find_checkpoint(folder, tag))
+    while path is not None:
+        try:
+            manifest = verified(state, path, optimizer=optimizer)
+            break
+        except CheckpointError as error:
+            other = agree_on(state, partial(older_whole, path) if tag is None else lambda: None)
+            if other is None:
+                raise
+            if not allow_fallback:
+                raise CheckpointError(
+                    f"{error}. {other} looks whole: its tag, or allow_fallback, would load it"
+                ) from None
+            if state.world.rank == 0:
+                warn_once(f"{error}. Falling back to {other}")
+            path = other
+    if path is None:
+        return None, {}
+    with Reader(path, manifest) as reader:
+        everyone(state.world, state.runtime.device, lambda: read_values(state, reader, manifest, optimizer=optimizer))
     if optimizer:
         state.optimizer.scaler.load_state_dict(manifest["scaler"])
         for group, saved in zip(state.optimizer.param_groups, manifest["param_groups"], strict=True):
@@ -45,7 +79,17 @@ def load_state(
         state.optimizer.overflow = False
     if scheduler and state.scheduler is not None and manifest["scheduler"] is not None:
         state.scheduler.load_state_dict(manifest["scheduler"])
-    return path, manifest["counters"], manifest["client_state"]
+    return path, manifest
+
+
+# ---- which one ----
+
+
+def agree_on(state: TrainingState, choose: Callable[[], Path | None]) -> Path | None:
+    """What `choose` says on the first rank, which looks for all: file systems may show ranks different things."""
+    own = str(choose()) if state.world.rank == 0 else ""
+    agreed = state.world.gather_bytes(own.encode(), "checkpoint path", state.runtime.device)[0].decode()
+    return None if agreed == "None" else Path(agreed)
 
 
 def find_checkpoint(folder: Path, tag: str | None) -> Path | None:
@@ -56,39 +100,69 @@ def find_checkpoint(folder: Path, tag: str | None) -> Path | None:
     return folder / latest.read_text().strip() if latest.is_file() else None
 
 
+# ---- whether it may be used ----
+
+
+def verified(state: TrainingState, path: Path, *, optimizer: bool) -> dict[str, Any]:
+    """The manifest of `path`, once every file is seen to be what it says, and to fit; collective.
+
+    Raises CheckpointError on every rank.
+    """
+
+    def check() -> str:
+        manifest = read_manifest(path)
+        check_fit(state, path, manifest, optimizer=optimizer)
+        if state.world.rank == 0:
+            check_presence(path, manifest)
+        for file in manifest["files"][state.world.rank :: state.world.size]:
+            check_content(path, file)
+        return json.dumps([[f["file"], *(f[key] for key in HASHES if key in f)] for f in manifest["files"]])
+
+    seen = everyone(state.world, state.runtime.device, check)
+    if len(set(seen)) > 1:
+        raise CheckpointError(f"{path / MANIFEST} is not the same for all ranks: is {path.parent} one file system?")
+    return read_manifest(path)
+
+
+def check_content(folder: Path, facts: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the file has the checksum that the manifest has of it."""
+    checksum = next((key for key in HASHES if key in facts), None)
+    if checksum is None:
+        raise CheckpointError(f"{folder / MANIFEST} has no checksum of {facts['file']}; legal: {', '.join(HASHES)}")
+    path = folder / facts["file"]
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    found = hash_file(path, checksum)
+    if found != facts[checksum]:
+        raise CheckpointError(f"{path} is damaged: {checksum} is {found}, the manifest says {facts[checksum]}")
+
+
 def check_fit(state: TrainingState, path: Path, manifest: dict[str, Any], *, optimizer: bool) -> None:
-    """Raise CheckpointError when the checkpoint is incomplete, or of another layout, model or optimizer."""
-    layout = state.layout
-    if {"pp": 1, **manifest["layout"]} != layout:
-        saved, here = (" x ".join(f"{axis} {size}" for axis, size in of.items()) for of in (manifest["layout"], layout))
-        raise CheckpointError(
-            f"{path} was saved by {saved} ranks, this run has {here}; this version resumes in the same layout only"
-        )
-    expected = {file_name(dp, tp, pp) for pp, dp, tp in product(*(range(layout[axis]) for axis in ("pp", "dp", "tp")))}
-    if {file["file"] for file in manifest["files"]} != expected:
-        raise CheckpointError(f"{path / MANIFEST} does not name the files {', '.join(sorted(expected))}")
-    check_complete(manifest["files"])
+    """Raise CheckpointError when the checkpoint is incomplete, or of another model or optimizer."""
+    check_complete(manifest)
     ours = state.optimizer.rule
     if optimizer and manifest["optimizer"] != ours:
         raise CheckpointError(f"{path} holds the state of {manifest['optimizer']}, this run has {ours}")
     groups = len(manifest["param_groups"]), len(state.optimizer.param_groups)
     if optimizer and groups[0] != groups[1]:
         raise CheckpointError(f"{path} has {groups[0]} param groups, this run has {groups[1]}")
-    files = state.files_of_part(manifest["files"])
-    held = {e["name"]: tuple(e["shape"]) for file in files for e in file["entries"]}
-    wanted = {
-        name: tuple(parameter.shape)
-        for group in state.runtime.groups
-        for name, parameter in zip(group.names, group.parameters, strict=True)
-    }
-    check_same_shapes(path, "parameter", held, wanted)
-    buffers = {name: tuple(shape) for name, shape in manifest.get("buffers", files[0].get("buffers", {})).items()}
-    check_same_shapes(path, "buffer", buffers, {n: tuple(b.shape) for n, b in state.module.named_buffers()})
+    pipelined = state.runtime.pipeline is not None  # then other ranks have what this one has not
+    held = {name: tuple(facts["shape"]) for name, facts in manifest["parameters"].items()}
+    wanted = {name: shard.shape for name, shard in state.shards().items()}
+    check_same_shapes(path, "parameter", held, wanted, partial=pipelined)
+    buffers = {name: tuple(facts["shape"]) for name, facts in manifest["buffers"].items()}
+    own = {name: tuple(buffer.shape) for name, buffer in state.module.named_buffers()}
+    check_same_shapes(path, "buffer", buffers, own, partial=pipelined)
 
 
-def check_same_shapes(path: Path, what: str, held: dict[str, tuple], wanted: dict[str, tuple]) -> None:
-    """Raise CheckpointError naming the first parameter or buffer that is in only one of the two, or has two shapes."""
-    for name in sorted(held.keys() | wanted.keys()):
+def check_same_shapes(
+    path: Path, what: str, held: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], *, partial: bool
+) -> None:
+    """Raise CheckpointError naming the first parameter or buffer that is in only one of the two, or has two shapes.
+
+    With `partial` this run's are only a part of what it has.
+    """
+    for name in sorted(wanted.keys() if partial else held.keys() | wanted.keys()):
         if name not in held or name not in wanted:
             where = "this run" if name not in held else "the checkpoint"
             raise CheckpointError(f"{path} is of another model: {what} {name!r} is only in {where}")
@@ -96,61 +170,86 @@ def check_same_shapes(path: Path, what: str, held: dict[str, tuple], wanted: dic
             raise CheckpointError(f"{path}: {what} {name!r} has shape {held[name]}, this run's has {wanted[name]}")
 
 
-class SliceReader:
-    """Reads any range of any saved tensor, from whichever of the `files` (as the manifest has them) holds it."""
+# ---- values ----
 
-    def __init__(self, folder: Path, files: list[dict[str, Any]]) -> None:
+
+class Reader:
+    """Reads any box of any saved tensor, from whichever files hold it; those stay open until it is closed."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
-        self.scalars: dict[str, dict[str, Any]] = {}
-        self.entries: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
-        for file in files:
-            self.scalars.update(file["optimizer_scalars"])
-            for entry in file["entries"]:
-                places = self.entries.setdefault((entry["kind"], entry["name"]), [])
-                places.append((entry["start"], entry["stop"], file["file"]))
+        self.boxes = boxes_in(manifest)
+        self._names = {file["file"] for file in manifest["files"]}
+        self._open: dict[str, TensorFile] = {}
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def file(self, name: str) -> TensorFile:
+        """The file `name` of the folder. Raises CheckpointError when the manifest does not list it."""
+        if name not in self._names:
+            raise CheckpointError(f"{self.folder / MANIFEST} says that {name!r} has a tensor, and does not list it")
+        if name not in self._open:
+            self._open[name] = TensorFile(self.folder / name)
+        return self._open[name]
 
     def kinds_of(self, name: str) -> list[str]:
         """The optimizer's state tensors that were saved for parameter `name`."""
-        return [kind for kind, owner in self.entries if owner == name and kind != "master"]
+        return [kind for kind, owner in self.boxes if owner == name and kind != "master"]
 
-    def fill(self, target: Tensor, kind: str, name: str, start: int) -> None:
-        """target [stop - start] <- elements [start, stop) of `kind` of parameter `name`."""
-        stop, filled = start + target.numel(), 0
-        for low, high, file in self.entries.get((kind, name), []):
-            first, last = max(low, start), min(high, stop)
-            if first < last:
-                with safe_open(self.folder / file, framework="pt") as tensors:
-                    part = tensors.get_slice(f"{kind}/{name}@{low}")[first - low : last - low]
-                target[first - start : last - start].copy_(part)
-                filled += last - first
-        if filled != target.numel():
-            raise CheckpointError(f"{self.folder}: {kind} of {name} lacks elements of [{start}, {stop})")
-
-    def tensor(self, file: str, key: str) -> Tensor:
-        with safe_open(self.folder / file, framework="pt") as tensors:
-            return tensors.get_tensor(key)
+    def fill(self, target: Tensor, kind: str, name: str, box: Box) -> None:
+        """target <- the elements in `box` of `kind` of parameter `name`."""
+        for held, file in self.boxes.get((kind, name), []):
+            if (both := overlap(box, held)) is not None:
+                part = target if both == box else part_of(target, inside(both, box))
+                self.file(file).read_into(part, key_of(kind, name, held), inside(both, held))
 
 
 @torch.no_grad()
-def read_values(state: TrainingState, reader: SliceReader, *, optimizer: bool) -> None:
+def read_values(state: TrainingState, reader: Reader, manifest: dict[str, Any], *, optimizer: bool) -> None:
     """Fill masters, optimizer state, frozen parameters, buffers and random state."""
-    for piece, name, _, _, span in state.slices():
-        reader.fill(piece, "master", name, span.start)
+    for piece, name, _, boxes, start in state.updated():
+        tensors: dict[str, Tensor] = {"master": piece.detach()}
         if optimizer:
             slot: dict[str, Any] = state.optimizer.state[piece]
             slot.clear()
-            for key, kept in reader.scalars.get(name, {}).items():
+            for key, kept in manifest["parameters"][name].get("scalars", {}).items():
                 is_tensor = isinstance(kept, dict)
                 slot[key] = torch.tensor(kept["value"], dtype=getattr(torch, kept["dtype"])) if is_tensor else kept
             for kind in reader.kinds_of(name):
-                slot[kind] = torch.empty_like(piece)
-                reader.fill(slot[kind], kind, name, span.start)
-    for name, group, index, parameter in state.frozen():
-        whole = torch.empty(parameter.numel(), dtype=group.dtype)
-        reader.fill(whole, "master", name, 0)
-        group.load(index, whole)
+                slot[kind] = tensors[kind] = torch.empty_like(piece.detach())
+        for kind, flat in tensors.items():
+            for box in boxes:
+                reader.fill(box.within(flat, start), kind, name, box.box)
+    for name, group, index, shard in state.frozen():
+        for start, stop in group.needed(index):
+            values = torch.empty(stop - start, dtype=group.dtype)
+            for box in pieces(shard, start, stop):
+                reader.fill(box.within(values, start), "master", name, box.box)
+            group.load_range(index, start, values)
     for name, buffer in state.module.named_buffers():
-        buffer.copy_(reader.tensor(file_name(0, state.tp_rank, state.pp_rank), f"buffer/{name}"))
-    torch.set_rng_state(reader.tensor(state.file_name, "rng/cpu"))
-    if state.runtime.device.type == "cuda":
-        torch.cuda.set_rng_state(reader.tensor(state.file_name, "rng/cuda"), state.runtime.device)
+        buffer.copy_(reader.file(manifest["buffers"][name]["file"]).read(f"buffer/{name}"))
+    for key, values in random_states(state, reader, manifest).items():
+        if key == "rng/cpu":
+            torch.set_rng_state(values)
+        elif key == "rng/cuda" and state.runtime.device.type == "cuda":
+            torch.cuda.set_rng_state(values, state.runtime.device)
+
+
+def random_states(state: TrainingState, reader: Reader, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    """This rank's own where the layout is the same; in another one, states that the first rank's and the rank give."""
+    saved, here = ([of.get(axis) for axis in DEGREES] for of in (manifest["layout"], state.layout))
+    rank = state.world.rank if saved == here else 0
+    file = reader.file(file_name(rank))
+    states = {key: file.read(key) for key in file.places if key.startswith("rng/")}
+    if saved != here and state.world.rank:
+        for key, values in states.items():
+            seed = zlib.crc32(values.numpy().tobytes() + state.world.rank.to_bytes(4, "little"))
+            device = torch.device("cpu") if key == "rng/cpu" else state.runtime.device
+            if device.type == key.removeprefix("rng/"):
+                states[key] = torch.Generator(device).manual_seed(seed).get_state()
+    return states

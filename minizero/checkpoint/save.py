@@ -1,84 +1,196 @@
 """Saving a training run: every rank writes its own file, rank 0 the manifest, and one rename makes them a checkpoint.
 
-The folder is written under a temporary name and renamed when every rank has reported its file, the files are seen to be
-complete, and the manifest is on disk: an interrupted save leaves the previous checkpoint as it was.
+    agree on a name -> write, fsync -> tell rank 0 name, size and checksum -> manifest, fsync -> rename -> fsync the
+    folder -> `latest` -> tell everyone -> prune
+
+An interrupted save leaves the previous checkpoints as they were, whatever the moment: until the rename there is no
+folder of the new name, and nothing that is there is ever written to. What it leaves behind has a name that begins with
+a dot and goes away with the next save.
+
+A save in the background (`Background`) copies the rank's tensors, and does all the rest on a thread, through a process
+group that nothing else uses. One such save runs at a time.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
+import sys
+import threading
 import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minizero.checkpoint.files import (
+    FORMAT,
     LATEST,
     MANIFEST,
     SAFE_NAME,
     CheckpointError,
-    facts_of,
+    manifest_bytes,
     move_into_place,
-    sync_file,
+    prune,
+    remove_leftovers,
+    write_synced,
 )
 from minizero.checkpoint.state import TrainingState, check_complete, everyone
+from minizero.checkpoint.tensor_file import Entry, write_tensors
+from minizero.dist.collectives import Communicator
 from minizero.utils.files import write_atomically
 
 
-def save_state(state: TrainingState, folder: Path, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
-    """Write `folder/tag`; collective. Raises CheckpointError on every rank when one of them could not write."""
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest `keep` (0: all), and those of every `keep_every` steps (0: no others)."""
+
+    keep: int = 0
+    keep_every: int = 0
+
+
+KEEP_ALL = Retention()
+
+
+@dataclass
+class Save:
+    """A save that may run while training goes on: everything it needs, and nothing of the live model.
+
+    Attributes:
+        entries: the tensors of this rank's file. facts: what the manifest says of them. header: the rest of it.
+        comm, device: where ranks meet meanwhile.
+    """
+
+    folder: Path
+    tag: str
+    temporary: Path
+    file_name: str
+    entries: list[Entry]
+    facts: dict[str, Any]
+    header: dict[str, Any]
+    latest: bool
+    retention: Retention
+    checksum: str
+    comm: Communicator
+    device: torch.device
+
+    def run(self) -> None:
+        """Write and commit; collective over `comm`. Raises CheckpointError on every rank when one could not write.
+
+        Then nothing of this save is left, and what was there before is as it was.
+        """
+        try:
+            sizes = everyone(self.comm, self.device, lambda: sum(entry.values.nbytes for entry in self.entries))
+            everyone(self.comm, self.device, lambda: self._check_room(sum(sizes)) if self.comm.rank == 0 else None)
+            files = everyone(self.comm, self.device, self._write)
+            everyone(self.comm, self.device, lambda: self._commit(files) if self.comm.rank == 0 else None)
+        except CheckpointError:
+            if self.comm.rank == 0:
+                shutil.rmtree(self.temporary, ignore_errors=True)
+            raise
+
+    def _check_room(self, needed: int) -> None:
+        if needed > (free := free_bytes(self.folder)):
+            raise CheckpointError(
+                f"no space for {self.folder / self.tag}: it needs {needed} bytes, {self.folder} has {free}"
+            )
+
+    def _write(self) -> dict[str, Any]:
+        try:
+            self.temporary.mkdir(parents=True, exist_ok=True)
+            return {**write_tensors(self.temporary / self.file_name, self.entries, self.checksum), **self.facts}
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            needed = sum(entry.values.nbytes for entry in self.entries)
+            raise CheckpointError(
+                f"no space for {self.folder / self.tag}: this rank's file needs {needed} bytes, {self.folder} has "
+                f"{free_bytes(self.folder)} ({error.strerror})"
+            ) from None
+
+    def _commit(self, files: list[dict[str, Any]]) -> None:
+        manifest = {**self.header, **merged(files), "files": [of_file(file) for file in files]}
+        check_complete(manifest)
+        write_synced(self.temporary / MANIFEST, manifest_bytes(manifest))
+        move_into_place(self.temporary, self.folder / self.tag)
+        if self.latest:
+            write_atomically(self.folder / LATEST, self.tag)
+        if self.retention.keep:
+            prune(self.folder, self.retention.keep, self.retention.keep_every)
+        else:
+            remove_leftovers(self.folder)
+
+
+def prepare(
+    state: TrainingState,
+    folder: Path,
+    tag: str,
+    client_state: dict[str, Any],
+    *,
+    latest: bool = True,
+    retention: Retention = KEEP_ALL,
+    checksum: str = "xxh3_128",
+    copy: bool = False,
+    comm: Communicator | None = None,
+) -> Save:
+    """What a save of `state` as `folder/tag` will write; collective.
+
+    Args:
+        copy: take a copy of every tensor, so that training may go on. comm: where ranks meet meanwhile.
+
+    Raises ValueError for a tag that is no plain name, and for what JSON cannot hold; CheckpointError on every rank
+    when they do not agree on the tag.
+    """
     if not SAFE_NAME.fullmatch(tag):
-        raise ValueError(f"checkpoint tag {tag!r}: use letters, digits, '.', '_' and '-' only")
-    header = json_header(state, client_state)
-    comm, device = state.world, state.runtime.device
-    proposals = comm.gather_bytes(f"{uuid.uuid4().hex[:8]} {tag}".encode(), "checkpoint name", device)
+        raise ValueError(f"checkpoint tag {tag!r}: use letters, digits, '.', '_' and '-' only, no '.' at its beginning")
+    header = json_header(state, tag, client_state)
+    proposals = state.world.gather_bytes(
+        f"{uuid.uuid4().hex[:8]} {tag}".encode(), "checkpoint name", state.runtime.device
+    )
     tokens, tags = zip(*(proposal.decode().split(" ", 1) for proposal in proposals), strict=True)
     if len(set(tags)) > 1:
         raise CheckpointError(f"ranks give different tags for one checkpoint: {', '.join(tags)} in rank order")
-    temporary = folder / f".{tag}.tmp-{tokens[0]}"
-
-    def write_own_file() -> dict[str, Any]:
-        temporary.mkdir(parents=True, exist_ok=True)
-        path = temporary / state.file_name
-        tensors, entries = own_tensors(state)
-        save_file(tensors, path, metadata={"format": "pt"})
-        sync_file(path)
-        return {
-            **facts_of(path),
-            "tp": state.tp_rank,
-            "pp": state.pp_rank,
-            "buffers": {name: list(buffer.shape) for name, buffer in state.module.named_buffers()},
-            "entries": entries,
-            "optimizer_scalars": optimizer_scalars(state),
-        }
-
-    files = everyone(comm, device, write_own_file)
-
-    def commit() -> None:
-        if comm.rank == 0:
-            check_complete(files)
-            write_atomically(temporary / MANIFEST, json.dumps({**header, "files": files}))
-            move_into_place(temporary, folder / tag)
-            if save_latest:
-                write_atomically(folder / LATEST, tag)
-
-    everyone(comm, device, commit)
+    entries, facts = own_entries(state)
+    if copy:
+        entries = [Entry(entry.key, host_copy(entry.values)) for entry in entries]
+    return Save(
+        folder=folder,
+        tag=tag,
+        temporary=folder / f".{tag}.tmp-{tokens[0]}",
+        file_name=state.file_name,
+        entries=entries,
+        facts=facts,
+        header=header,
+        latest=latest,
+        retention=retention,
+        checksum=checksum,
+        comm=state.world if comm is None else comm,
+        device=state.runtime.device if comm is None else torch.device("cpu"),
+    )
 
 
-def json_header(state: TrainingState, client_state: dict[str, Any]) -> dict[str, Any]:
+def host_copy(values: Tensor) -> Tensor:
+    """A contiguous copy of `values` in host memory."""
+    return torch.empty(values.shape, dtype=values.dtype).copy_(values.detach())
+
+
+def json_header(state: TrainingState, tag: str, client_state: dict[str, Any]) -> dict[str, Any]:
     """The manifest without its files. Raises ValueError for what JSON cannot hold."""
-    scheduler = state.scheduler.state_dict() if state.scheduler is not None else None
     header = {
-        "format": 1,
-        "torch": torch.__version__,
+        "format": FORMAT,
+        "tag": tag,
+        "versions": {name: version(name) for name in ("minizero", "torch", "safetensors")},
         "layout": state.layout,
-        "stage": state.runtime.policy.stage,
+        "config_hash": state.config_hash,
         "counters": state.counters,
         "scaler": state.optimizer.scaler.state_dict(),
-        "scheduler": scheduler,
+        "scheduler": state.scheduler.state_dict() if state.scheduler is not None else None,
         "optimizer": state.optimizer.rule,
         "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups],
         "client_state": client_state,
@@ -91,50 +203,91 @@ def json_header(state: TrainingState, client_state: dict[str, Any]) -> dict[str,
     return header
 
 
-def own_tensors(state: TrainingState) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """This rank's file: its tensors by key, and their logical coordinates for the manifest."""
-    tensors: dict[str, Tensor] = {}
-    entries: list[dict[str, Any]] = []
-
-    def add(kind: str, name: str, shape: tuple[int, ...], start: int, tensor: Tensor) -> None:
-        tensors[f"{kind}/{name}@{start}"] = tensor.detach().cpu().clone()
-        place = {"start": start, "stop": start + tensor.numel()}
-        entries.append({"kind": kind, "name": name, "shape": list(shape), **place})
-
-    for piece, name, shape, rank, span in state.slices():
-        if rank != state.comm.rank:  # at stage 0 every rank updates everything, and writes its part
-            continue
-        add("master", name, shape, span.start, piece)
-        for key, value in state.optimizer.state.get(piece, {}).items():
-            if isinstance(value, Tensor) and value.dim():
-                add(key, name, shape, span.start, value)
-    for name, group, index, parameter in state.frozen():
-        for span in group.layout.spans[state.comm.rank]:
-            if span.index == index:
-                held = group.shard[span.offset : span.offset + span.numel]
-                add("master", name, tuple(parameter.shape), span.start, held)
-    if state.comm.rank == 0:
-        for name, buffer in state.module.named_buffers():
-            tensors[f"buffer/{name}"] = buffer.detach().cpu().contiguous().clone()
-    tensors["rng/cpu"] = torch.get_rng_state()
-    if state.runtime.device.type == "cuda":
-        tensors["rng/cuda"] = torch.cuda.get_rng_state(state.runtime.device)
-    return tensors, entries
+def own_entries(state: TrainingState) -> tuple[list[Entry], dict[str, Any]]:
+    """This rank's file: its tensors, and what the manifest says of them."""
+    held = list(state.held())
+    entries = [Entry(one.key, one.values) for one in held]
+    buffers = dict(state.module.named_buffers()) if state.is_first_replica else {}
+    entries += [Entry(f"buffer/{name}", buffer.detach()) for name, buffer in buffers.items()]
+    entries += [Entry(key, values) for key, values in state.random_states().items()]
+    facts = {
+        "boxes": [[one.kind, one.name, [list(side) for side in one.piece.box]] for one in held],
+        "parameters": {name: {"shape": list(shard.shape)} for name, shard in state.shards().items()},
+        "scalars": state.scalars(),
+        "buffers": {name: list(buffer.shape) for name, buffer in buffers.items()},
+    }
+    return entries, facts
 
 
-def optimizer_scalars(state: TrainingState) -> dict[str, dict[str, Any]]:
-    """Parameter -> optimizer state that is one number (Adam's `step`), the same in all its slices.
+def of_file(facts: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of one file."""
+    return {key: value for key, value in facts.items() if key not in ("parameters", "scalars", "buffers")}
 
-    A number is kept as it is, a 0-d tensor as its value and dtype.
+
+def merged(files: list[dict[str, Any]]) -> dict[str, Any]:
+    """What ranks said of parameters and buffers, as one. Raises CheckpointError when they contradict each other."""
+    parameters: dict[str, dict[str, Any]] = {}
+    buffers: dict[str, dict[str, Any]] = {}
+    for file in files:
+        for name, facts in file["parameters"].items():
+            if parameters.setdefault(name, facts)["shape"] != facts["shape"]:
+                raise CheckpointError(f"{name} has two shapes, {parameters[name]['shape']} and {facts['shape']}")
+        for name, shape in file["buffers"].items():
+            buffers.setdefault(name, {"shape": shape, "file": file["file"]})
+    for file in files:
+        for name, scalars in file["scalars"].items():
+            if parameters[name].setdefault("scalars", scalars) != scalars:
+                raise CheckpointError(f"optimizer state of {name}: ranks have {parameters[name]['scalars']}, {scalars}")
+    return {"parameters": parameters, "buffers": buffers}
+
+
+class Background:
+    """Runs one save at a time on a thread of its own.
+
+    Args:
+        apart: makes the process group that its ranks meet in; called once, on the first save; collective.
     """
-    scalars: dict[str, dict[str, Any]] = {}
-    for piece, name, *_ in state.slices():
-        for key, value in state.optimizer.state.get(piece, {}).items():
-            if isinstance(value, Tensor) and value.dim() == 0:
-                kept: Any = {"value": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
-            elif isinstance(value, int | float):
-                kept = value
-            else:
-                continue
-            scalars.setdefault(name, {})[key] = kept
-    return scalars
+
+    def __init__(self, apart: Callable[[], Communicator]) -> None:
+        self._apart = apart
+        self._comm: Communicator | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    @property
+    def comm(self) -> Communicator:
+        """Where ranks meet during a save in the background."""
+        if self._comm is None:
+            self._comm = self._apart()
+        return self._comm
+
+    def start(self, save: Save) -> None:
+        """Begin `save`; the one before must have been waited for."""
+        assert self._thread is None
+
+        def run() -> None:
+            try:
+                save.run()
+            except BaseException as error:
+                self._failure = error
+                print(f"minizero: saving {save.folder / save.tag} failed: {error}", file=sys.stderr, flush=True)
+
+        self._thread = threading.Thread(target=run, name=f"save {save.tag}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when no save runs any more. Raises what the last one raised, on every rank."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that may still be written under `folder`, of which the nearest existing parent is asked."""
+    while not folder.exists():
+        folder = folder.parent
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize

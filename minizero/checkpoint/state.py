@@ -1,15 +1,15 @@
 """What a checkpoint of a training run holds, in coordinates that no layout changes.
 
-A checkpoint is a folder: one safetensors file per rank, and a JSON manifest. A file holds what its rank's
-shards hold, per parameter, named `kind/parameter@start`: the elements from `start` of the flattened parameter. The flat
-buffers and their padding never reach the disk. There is no pickle on any path.
+A checkpoint is a folder: a safetensors file per rank, and a JSON manifest. What a rank's shard holds of a parameter is
+written as boxes of the whole parameter (`dist/boxes.py`), each a tensor `kind/parameter@box`. Flat buffers, their
+padding, tensor-parallel parts and pipeline stages never reach the disk, so every layout reads what any has written.
+Each element is written once: by the first of the ranks that hold it.
 
     master/…   fp32 (or wider) weights; frozen parameters too, in their own dtype
     <key>/…    the optimizer's state tensors under their own key (exp_avg, momentum_buffer, …)
-    buffer/…   the buffers of the rank's part of the model, whole, in each file of dp rank 0
+    buffer/…   the model's buffers, whole
     rng/…      each rank's random state
 
-The manifest says of every tensor in a file which elements of which parameter it holds, and that parameter's shape.
 `save.py` writes, `load.py` reads.
 """
 
@@ -17,25 +17,45 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from minizero.checkpoint.files import CheckpointError
+from minizero.dist.boxes import Box, Piece, cover_exactly, pieces
 from minizero.dist.collectives import Communicator
-from minizero.dist.sharding import Span
+from minizero.dist.sharding import TensorShard
 from minizero.zero.flat import FlatGroup
 from minizero.zero.optimizer import ZeroOptimizer
 from minizero.zero.runtime import ZeroRuntime
 
+DEGREES = ("pp", "dp", "cp", "tp")
+
+
+@dataclass(frozen=True)
+class Held:
+    """A box of one tensor, and this rank's memory of it: a view, in the box's shape."""
+
+    kind: str
+    name: str
+    piece: Piece
+    values: Tensor
+
+    @property
+    def key(self) -> str:
+        return key_of(self.kind, self.name, self.piece.box)
+
 
 @dataclass
 class TrainingState:
-    """Everything that resuming needs, by reference. `comm` is the data-parallel axis, `world` all ranks."""
+    """Everything that resuming needs, by reference. `comm` is the axis that ZeRO shards over, `world` all ranks.
+
+    Attributes:
+        counters: of steps and samples. layout: degrees, stage, batch sizes: what a reader may want to know, and which
+            ranks' random states are whose. config_hash: of the settings.
+    """
 
     module: nn.Module
     runtime: ZeroRuntime
@@ -44,85 +64,137 @@ class TrainingState:
     comm: Communicator
     world: Communicator
     counters: dict[str, int]
-
-    @property
-    def tp_rank(self) -> int:
-        return self.runtime.tensor.comm.rank if self.runtime.tensor is not None else 0
-
-    @property
-    def pp_rank(self) -> int:
-        return self.runtime.pipeline.comm.rank if self.runtime.pipeline is not None else 0
-
-    @property
-    def layout(self) -> dict[str, int]:
-        """The degrees that a checkpoint of this version is bound to."""
-        pp = self.runtime.pipeline.comm.size if self.runtime.pipeline is not None else 1
-        return {"pp": pp, "dp": self.comm.size, "tp": self.world.size // self.comm.size // pp}
+    layout: dict[str, Any] = field(default_factory=dict)
+    config_hash: str = ""
 
     @property
     def file_name(self) -> str:
         """This rank's file."""
-        return file_name(self.comm.rank, self.tp_rank, self.pp_rank)
+        return file_name(self.world.rank)
 
-    def files_of_part(self, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Those of a manifest's files that hold shards of the same part of the model as this rank's."""
-        return [file for file in files if (file["tp"], file.get("pp", 0)) == (self.tp_rank, self.pp_rank)]
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether what every rank of a pipeline stage has is this rank's to write."""
+        return self.comm.rank == 0 and (self.runtime.tensor is None or self.runtime.tensor.comm.rank == 0)
 
-    def slices(self) -> Iterator[tuple[nn.Parameter, str, tuple[int, ...], int, Span]]:
-        """(slice, parameter's name and shape, rank whose shard it is, span) of what this rank's optimizer updates."""
+    def shards(self) -> dict[str, TensorShard]:
+        """What tensor parallelism leaves to this rank of each of its parameters."""
+        return {
+            name: self.shard_of(parameter)
+            for group in self.runtime.groups
+            for name, parameter in zip(group.names, group.parameters, strict=True)
+        }
+
+    def shard_of(self, parameter: nn.Parameter) -> TensorShard:
+        if self.runtime.tensor is not None:
+            return self.runtime.tensor.shard(parameter)
+        return TensorShard(tuple(parameter.shape), -1, ((),), 0)
+
+    def updated(self) -> Iterator[tuple[nn.Parameter, str, bool, list[Piece], int]]:
+        """What this rank's optimizer updates: (slice, parameter's name, whether this rank writes it, the boxes that it
+        consists of, where it begins in the flattened part)."""
         for piece, group, place in self.optimizer.slices:
             rank, span = group.owned_spans()[place]
-            yield piece, group.names[span.index], tuple(group.parameters[span.index].shape), rank, span
+            shard = self.shard_of(group.parameters[span.index])
+            writes = group.counts and rank == self.comm.rank  # at stage 0 every rank updates everything
+            yield piece, group.names[span.index], writes, [*pieces(shard, span.start, span.stop)], span.start
 
-    def frozen(self) -> Iterator[tuple[str, FlatGroup, int, nn.Parameter]]:
-        """(name, group, index in the group, parameter) of everything that does not train."""
+    def frozen(self) -> Iterator[tuple[str, FlatGroup, int, TensorShard]]:
+        """(name, group, index in the group, part) of everything that does not train."""
         for group in self.runtime.groups:
             if not group.trainable:
                 for index, (name, parameter) in enumerate(zip(group.names, group.parameters, strict=True)):
-                    yield name, group, index, parameter
+                    yield name, group, index, self.shard_of(parameter)
+
+    def held(self) -> Iterator[Held]:
+        """What this rank writes of parameters and optimizer state. Raises ValueError for state of another shape."""
+        for piece, name, writes, boxes, start in self.updated():
+            if not writes:
+                continue
+            tensors = {"master": piece.detach()}
+            for key, value in self.optimizer.state.get(piece, {}).items():
+                if isinstance(value, Tensor) and value.dim():
+                    if value.shape != piece.shape:
+                        raise ValueError(
+                            f"optimizer state {key!r} of {name} has shape {tuple(value.shape)}, its slice "
+                            f"{tuple(piece.shape)}: only state of one number per element can be saved"
+                        )
+                    tensors[key] = value
+            for kind, flat in tensors.items():
+                yield from (Held(kind, name, box, box.within(flat, start)) for box in boxes)
+        for name, group, index, shard in self.frozen():
+            for span in group.layout.spans[self.comm.rank] if group.counts else ():
+                if span.index == index:
+                    flat = group.shard[span.offset : span.offset + span.numel]
+                    for box in pieces(shard, span.start, span.stop):
+                        yield Held("master", name, box, box.within(flat, span.start))
+
+    def scalars(self) -> dict[str, dict[str, Any]]:
+        """Parameter -> optimizer state that is one number (Adam's `step`), the same in all its slices.
+
+        A number is kept as it is, a 0-d tensor as its value and dtype.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for piece, name, *_ in self.updated():
+            for key, value in self.optimizer.state.get(piece, {}).items():
+                if isinstance(value, Tensor) and value.dim() == 0:
+                    kept: Any = {"value": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
+                elif isinstance(value, int | float):
+                    kept = value
+                else:
+                    continue
+                found.setdefault(name, {})[key] = kept
+        return found
+
+    def random_states(self) -> dict[str, Tensor]:
+        """Of torch's generators on this rank, by key."""
+        device = self.runtime.device
+        found = {"rng/cpu": torch.get_rng_state()}
+        return found | ({"rng/cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def file_name(dp_rank: int, tp_rank: int, pp_rank: int = 0) -> str:
-    """The file of one rank's shards."""
-    stage = f"pp{pp_rank:03d}-" if pp_rank else ""
-    return f"{stage}dp{dp_rank:05d}-tp{tp_rank:03d}.safetensors"
+def file_name(rank: int) -> str:
+    """The file that rank `rank` wrote."""
+    return f"rank{rank:05d}.safetensors"
 
 
-def check_complete(files: list[dict[str, Any]]) -> None:
-    """Raise CheckpointError unless the files hold every element of every tensor that they hold a part of, once."""
-    parts: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for file in files:
-        parts.setdefault((file.get("pp", 0), file["tp"]), []).append(file)
-    for _, of_part in sorted(parts.items()):
-        check_parts(of_part)
+def key_of(kind: str, name: str, box: Box) -> str:
+    """The key of a box in a file: kind/parameter@0:4,8:16."""
+    return f"{kind}/{name}@{','.join(f'{low}:{high}' for low, high in box)}"
 
 
-def check_parts(files: list[dict[str, Any]]) -> None:
-    """`check_complete` for the files of one stage and tensor-parallel rank, whose parameters are its own parts."""
-    parts: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    shapes: dict[str, list[int]] = {}
-    for file in files:
-        for entry in file["entries"]:
-            parts.setdefault((entry["kind"], entry["name"]), []).append((entry["start"], entry["stop"]))
-            if shapes.setdefault(entry["name"], entry["shape"]) != entry["shape"]:
-                raise CheckpointError(f"{entry['name']} has two shapes, {shapes[entry['name']]} and {entry['shape']}")
-    for (kind, name), ranges in parts.items():
-        reached = 0
-        for start, stop in sorted(ranges):
-            if start != reached:
-                raise CheckpointError(
-                    f"{kind} of {name}: elements from {min(start, reached)} are missing or held twice"
-                )
-            reached = stop
-        if reached != prod(shapes[name]):
-            raise CheckpointError(f"{kind} of {name}: {reached} elements, its shape is {shapes[name]}")
+def boxes_in(manifest: dict[str, Any]) -> dict[tuple[str, str], list[tuple[Box, str]]]:
+    """(kind, parameter) -> [(box, file that holds it)]. Raises CheckpointError for a manifest of another form."""
+    found: dict[tuple[str, str], list[tuple[Box, str]]] = {}
+    try:
+        for file in manifest["files"]:
+            for kind, name, sides in file["boxes"]:
+                box = tuple((int(low), int(high)) for low, high in sides)
+                found.setdefault((kind, name), []).append((box, file["file"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the manifest is damaged: {type(error).__name__}: {error}") from None
+    return found
+
+
+def check_complete(manifest: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the files hold every parameter, and whatever else they hold a part of, once."""
+    held, shapes = boxes_in(manifest), {name: facts["shape"] for name, facts in manifest["parameters"].items()}
+    for name in shapes:
+        held.setdefault(("master", name), [])
+    for (kind, name), places in held.items():
+        if name not in shapes:
+            raise CheckpointError(f"{kind} of {name} is held, which is no parameter")
+        if reason := cover_exactly((box for box, _ in places), shapes[name]):
+            raise CheckpointError(f"{kind} of {name}: {reason}")
 
 
 def everyone(comm: Communicator, device: torch.device, act: Callable[[], Any]) -> list[Any]:
     """Run `act` on every rank and return all results (JSON); if one fails, every rank raises what it said."""
     try:
         answer: dict[str, Any] = {"result": act()}
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except CheckpointError as error:
+        answer = {"error": str(error)}
+    except Exception as error:  # whatever it is: peers wait for an answer
         answer = {"error": f"{type(error).__name__}: {error}"}
     answers = [json.loads(a) for a in comm.gather_bytes(json.dumps(answer).encode(), "checkpoint status", device)]
     errors = [f"rank {rank}: {a['error']}" for rank, a in enumerate(answers) if "error" in a]

@@ -7,18 +7,18 @@ model that was built on the meta device is filled without any rank ever holding 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minizero.checkpoint.files import SAFE_NAME, CheckpointError
 from minizero.checkpoint.state import everyone
+from minizero.checkpoint.tensor_file import TensorFile
+from minizero.dist.boxes import Box, pieces, whole_box
 from minizero.dist.collectives import Communicator
 from minizero.dist.links import Links
 from minizero.dist.sharding import TensorShard
@@ -100,58 +100,25 @@ class WeightFiles:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._holders: dict[str, Any] = {}
+        self._holders: dict[str, TensorFile] = {}
         for file, names in files_behind(path).items():
-            try:
-                holder: Any = safe_open(file, framework="pt")
-                held = set(holder.keys())
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
-            if absent := sorted(set(names or held) - held):
+            holder = TensorFile(file)
+            if absent := sorted(set(names) - holder.places.keys()):
                 raise CheckpointError(f"{file} lacks {shown(absent)}, which {path / INDEX} has in it")
-            for name in names or held:
-                self.shapes[name] = tuple(holder.get_slice(name).get_shape())
+            for name in names or holder.places:
+                self.shapes[name] = holder.shape(name)
                 self._holders[name] = holder
 
-    def read(self, name: str, box: Sequence[tuple[int, int]]) -> Tensor:
-        """The elements of tensor `name` in `box`, [start, stop) per dim, in the file's dtype. May be a view of it."""
-        holder = self._holders[name]
-        if not box:
-            return holder.get_tensor(name)
-        return holder.get_slice(name)[tuple(slice(start, stop) for start, stop in box)]
+    def read(self, name: str, box: Box) -> Tensor:
+        """The elements of tensor `name` in `box`, in the file's dtype."""
+        return self._holders[name].read(name, box)
 
     def read_part(self, name: str, shard: TensorShard, start: int, stop: int) -> Tensor:
-        """[stop - start] elements [start, stop) of a rank's part of tensor `name`, flattened.
-
-        Only the rows that hold them are read, and of those what is the rank's.
-        """
-        shape = shard.local_shape
-        if not shape:
-            return self.read(name, ()).reshape(1)
-        row = prod(shape[1:])
-        first, last = start // row, -(-stop // row)
-        boxes = list(boxes_of_rows(shard, first, last))
-        rows = [self.read(name, box) for box in boxes]
-        laid = rows[0] if len(rows) == 1 else torch.cat(rows, dim=shard.dim)
-        return laid.reshape(-1)[start - first * row : stop - first * row]
-
-
-def boxes_of_rows(shard: TensorShard, first: int, last: int) -> Iterator[list[tuple[int, int]]]:
-    """Where in the whole tensor the rows [first, last) of a rank's part lie, piece by piece along the cut dim."""
-    whole = [(0, size) for size in shard.shape]
-    if shard.dim < 0:
-        yield [(first, last), *whole[1:]]
-        return
-    if shard.dim > 0:
-        for columns in shard.ranges[shard.rank]:
-            yield [(first, last), *whole[1 : shard.dim], columns, *whole[shard.dim + 1 :]]
-        return
-    reached = 0  # rows of the part before this range
-    for begin, end in shard.ranges[shard.rank]:
-        low, high = max(first - reached, 0), min(last - reached, end - begin)
-        if low < high:
-            yield [(begin + low, begin + high), *whole[1:]]
-        reached += end - begin
+        """[stop - start] elements [start, stop) of a rank's part of tensor `name`, flattened; nothing else is read."""
+        values = torch.empty(stop - start, dtype=self._holders[name].dtype(name))
+        for piece in pieces(shard, start, stop):
+            piece.within(values, start).copy_(self.read(name, piece.box))
+        return values
 
 
 def files_behind(path: Path) -> dict[Path, list[str]]:
@@ -262,7 +229,7 @@ def fill(files: WeightFiles, runtime: ZeroRuntime, module: nn.Module, names: dic
     persistent = persistent_buffers(module)
     for name, buffer in module.named_buffers():
         if name in persistent:
-            buffer.copy_(files.read(name, [(0, size) for size in buffer.shape]))
+            buffer.copy_(files.read(name, whole_box(buffer.shape)))
 
 
 def shown(names: Sequence[str]) -> str:

@@ -273,6 +273,16 @@ class CheckpointConfig(Section):
     """A run folder, or `latest` for `run.dir`: continue from its newest checkpoint."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints to keep."""
+    keep_every: int = Field(0, ge=0)
+    """Also keep those whose step is a multiple of this; 0 means none."""
+    asynchronous: bool = False
+    """Write checkpoints on a thread: a step waits only until its state is copied to host memory."""
+    checksum: Literal["xxh3_128", "sha256"] = "xxh3_128"
+    """Of every file. xxh3 finds damage, sha256 tampering too, where somebody else keeps the manifest's."""
+    allow_fallback: bool = False
+    """Continue from the newest whole checkpoint where the last one is damaged; else that is an error."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """What `minizero.train` does when a checkpoint cannot be written: end, or warn and train on."""
 
 
 class TensorBoardConfig(Section):

@@ -24,7 +24,7 @@ class TokenLoader:
     """The training batches of one rank, without end.
 
     Sample i is the stream's tokens i·S ... (i+1)·S, the last of them only as a label; documents run into one another
-    across their separators. To resume, start at the next step: the order is a pure function (see `sampler`).
+    across their separators. To resume, start at the next sample: the order is a pure function (see `sampler`).
 
     Args:
         stream: what to read.
@@ -32,7 +32,7 @@ class TokenLoader:
         global_batch_size: sequences per step over all ranks and micro-batches.
         micro_batch_size: sequences per yielded batch; divides global_batch_size / dp_size.
         seed: of the order.
-        start_step: the step of the first batch.
+        start_sample: samples consumed before, by batches of any size.
 
     Raises ValueError when the stream is too short or the batch sizes do not divide.
     """
@@ -47,7 +47,7 @@ class TokenLoader:
         seed: int,
         dp_rank: int = 0,
         dp_size: int = 1,
-        start_step: int = 0,
+        start_sample: int = 0,
     ) -> None:
         if global_batch_size % (micro_batch_size * dp_size):
             raise ValueError(
@@ -62,16 +62,23 @@ class TokenLoader:
             )
         self.stream, self.sequence_length, self.seed = stream, sequence_length, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.dp_rank, self.dp_size, self.start_step = dp_rank, dp_size, start_step
+        self.dp_rank, self.dp_size, self.start_sample = dp_rank, dp_size, start_sample
 
     def __iter__(self) -> Iterator[Batch]:
-        for step in count(self.start_step):
+        for step in count():
             yield from self.step(step)
 
     def step(self, step: int) -> Iterator[Batch]:
-        """The micro-batches of one step."""
+        """The micro-batches of one step, counted from `start_sample`."""
         indices = sample_indices(
-            self.seed, 0, step, self.dp_rank, self.dp_size, self.num_samples, self.global_batch_size
+            self.seed,
+            0,
+            step,
+            self.dp_rank,
+            self.dp_size,
+            self.num_samples,
+            self.global_batch_size,
+            self.start_sample,
         )
         for chunk in indices.reshape(-1, self.micro_batch_size):
             yield self._batch(chunk)

@@ -19,7 +19,14 @@ ROUNDS = 6
 
 
 def sample_indices(
-    seed: int, epoch: int, step: int, dp_rank: int, dp_size: int, num_samples: int, global_batch_size: int
+    seed: int,
+    epoch: int,
+    step: int,
+    dp_rank: int,
+    dp_size: int,
+    num_samples: int,
+    global_batch_size: int,
+    start_sample: int = 0,
 ) -> NDArray[np.int64]:
     """The samples of `dp_rank` in global batch `step`, counted from the start of `epoch`, where batch 0 begins.
 
@@ -29,6 +36,7 @@ def sample_indices(
         dp_rank, dp_size: which part of the global batch.
         num_samples: in an epoch.
         global_batch_size: samples per step over all ranks.
+        start_sample: samples before batch 0.
 
     Returns int64 indices below `num_samples`, shape (global_batch_size / dp_size,).
     Raises ValueError when the batch does not divide by dp_size, or there are no samples.
@@ -40,7 +48,7 @@ def sample_indices(
         )
     assert 0 <= dp_rank < dp_size and epoch >= 0 and step >= 0
     local = global_batch_size // dp_size
-    first = epoch * num_samples + step * global_batch_size + dp_rank * local
+    first = epoch * num_samples + start_sample + step * global_batch_size + dp_rank * local
     positions = np.arange(first, first + local, dtype=np.int64)
     epochs, places = np.divmod(positions, num_samples)
     indices = np.empty(local, dtype=np.int64)

@@ -94,6 +94,7 @@ class Communicator:
         check: compare a fingerprint of every call over the group first (debug mode).
         transport: how slices travel on gloo: "messages", "memory", or "auto".
         timeout: seconds that a peer may take to join a call; that of the mesh's groups.
+        group: a process group of the axis' ranks; None takes the mesh's.
 
     Collective over the axis. Raises ValueError when `transport` is "memory" and ranks cannot read each other.
     """
@@ -107,10 +108,11 @@ class Communicator:
         check: bool = False,
         transport: str = "auto",
         timeout: float = DEFAULT_TIMEOUT,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self._mesh, self._wanted, self._timeout = mesh, transport, timeout
         self.axis = axis
-        self.group = group_along(mesh, axis, timeout)
+        self.group = group_along(mesh, axis, timeout) if group is None else group
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
         self.ledger = ledger
@@ -134,6 +136,13 @@ class Communicator:
         """The same for another axis of the mesh, with the same ledger; collective over that axis."""
         return Communicator(
             self._mesh, axis, self.ledger, check=self.check, transport=self._wanted, timeout=self._timeout
+        )
+
+    def apart(self) -> Communicator:
+        """The same ranks in a gloo group and a ledger of their own, for calls from another thread; collective."""
+        group = dist.new_group(self._ranks, timeout=timedelta(seconds=self._timeout), backend="gloo")
+        return Communicator(
+            self._mesh, self.axis, CommLedger(), transport="messages", timeout=self._timeout, group=group
         )
 
     def more_boards(self, operations: int) -> NeighbourMemory | None:
