@@ -1,4 +1,4 @@
-"""The verbs: `minizero train | doctor | pipeline`, small conveniences around `torchrun -m minizero.train`."""
+"""The verbs: `minizero train | doctor | pipeline | checkpoint`, around `torchrun -m minizero.train`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from minizero.checkpoint.verbs import add_checkpoint, checkpoint_verb
 from minizero.config import ConfigError
 from minizero.config.load import load
 from minizero.kernels.backend import obstacle
@@ -64,12 +65,15 @@ def main(arguments: list[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
 
     add_pipeline(verbs)
+    add_checkpoint(verbs)
 
     known, overrides = parser.parse_known_args(arguments)
     if known.verb == "train":
         return train_verb(known.config, known.nproc, known.json, overrides)
     if overrides:
         parser.error(f"unknown arguments: {' '.join(overrides)}")
+    if known.verb == "checkpoint":
+        return checkpoint_verb(known)
     return pipeline_verb(known) if known.verb == "pipeline" else doctor_verb(known.json)
 
 

@@ -25,8 +25,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map
 
 from minizero.checkpoint.load import load_state
+from minizero.checkpoint.manifest import Counters, Layout
 from minizero.checkpoint.save import KEEP_ALL, Background, Retention, prepare
-from minizero.checkpoint.state import DEGREES, TrainingState, everyone
+from minizero.checkpoint.state import TrainingState, everyone
 from minizero.checkpoint.weights import load_weights, save_weights
 from minizero.config import Config
 from minizero.config.batch import BatchSizes
@@ -563,19 +564,18 @@ class Engine:
                 scheduler=load_lr_scheduler_states and not load_module_only,
                 allow_fallback=self.settings.checkpoint.allow_fallback,
             )
-            if path is None:
+            if path is None or manifest is None:
                 return None, {}
             self.zero_grad()
             self.runtime.refresh()
         if not load_module_only:
-            self._continue_from(manifest, same_layout=manifest["layout"] == state.layout)
-        return str(path), manifest["client_state"]
+            self._continue_from(manifest.counters, same_layout=manifest.layout == state.layout)
+        return str(path), manifest.client_state
 
-    def _continue_from(self, manifest: dict[str, Any], same_layout: bool) -> None:
-        counters = manifest["counters"]
+    def _continue_from(self, counters: Counters, same_layout: bool) -> None:
         self._iterator = None
-        self.global_steps, self.global_samples = counters["global_steps"], counters["global_samples"]
-        self.skipped_steps, self.micro_steps = counters["skipped_steps"], counters["micro_steps"]
+        self.global_steps, self.global_samples = counters.global_steps, counters.global_samples
+        self.skipped_steps, self.micro_steps = counters.skipped_steps, counters.micro_steps
         if not same_layout:  # of this layout there would have been as many as hold the samples
             self.micro_steps = self.global_samples // (self.batch.micro_batch_size * self.dp_size)
         self.entry.stepped(self.global_steps)
@@ -588,14 +588,16 @@ class Engine:
             "micro_steps": self.micro_steps,
         }
         parallel = self.settings.parallel
-        degrees = dict(zip(DEGREES, (parallel.pp, self.dp_size, parallel.cp, parallel.tp), strict=True))
-        layout = {
-            **degrees,
-            "zero_stage": self.settings.zero.stage,
-            "precision": self.settings.precision,
-            "micro_batch_size": self.batch.micro_batch_size,
-            "accumulation": self.batch.accumulation,
-        }
+        layout = Layout(
+            pp=parallel.pp,
+            dp=self.dp_size,
+            cp=parallel.cp,
+            tp=parallel.tp,
+            zero_stage=self.settings.zero.stage,
+            precision=self.settings.precision,
+            micro_batch_size=self.batch.micro_batch_size,
+            accumulation=self.batch.accumulation,
+        )
         text = self.settings.model_dump_json(exclude={"run", "log", "debug"})
         return TrainingState(
             self.module,
