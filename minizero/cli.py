@@ -1,4 +1,4 @@
-"""The verbs: `minizero train | doctor | pipeline | checkpoint`, around `torchrun -m minizero.train`."""
+"""The verbs: `minizero train | doctor | pipeline | checkpoint | verify-resume`, around `torchrun -m minizero.train`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import platform
 import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
@@ -32,6 +33,8 @@ from minizero.parallel.pipeline.draw import caption, grid, save
 from minizero.parallel.pipeline.schedules import SCHEDULES, build
 from minizero.parallel.pipeline.simulate import Costs, Timeline, simulate
 from minizero.parallel.pipeline.validate import validate
+from minizero.run_folder import INTERRUPTED, REQUEUE
+from minizero.verify_resume import verify_resume
 
 PACKAGES = (
     "minizero",
@@ -61,6 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("--nproc", help="run on this many processes here; `auto`: one per GPU, or 2 on CPUs")
     train.add_argument("--json", action="store_true", help="print one JSON object: the summary of the run, or the line")
 
+    resume = verbs.add_parser("verify-resume", help="kill a run, continue it, compare bit by bit", allow_abbrev=False)
+    resume.add_argument("config", help="TOML or JSON file; further --a.b VALUE override its settings")
+    resume.add_argument("--nproc", help="processes; `auto`: one per GPU, or 2 on CPUs")
+    resume.add_argument("--n", type=int, default=3, metavar="N", help="killed after N of 2N steps (3)")
+    resume.add_argument("--json", action="store_true", help="print one JSON object")
+
     doctor = verbs.add_parser("doctor", help="show versions, devices, backends, and run every kernel")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -70,6 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
     known, overrides = parser.parse_known_args(arguments)
     if known.verb == "train":
         return train_verb(known.config, known.nproc, known.json, overrides)
+    if known.verb == "verify-resume":
+        return verify_resume_verb(known, overrides)
     if overrides:
         parser.error(f"unknown arguments: {' '.join(overrides)}")
     if known.verb == "checkpoint":
@@ -80,6 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
 def train_verb(config: str, nproc: str | None, as_json: bool, overrides: list[str]) -> int:
     """Print the torchrun line, or with `nproc` run it; returns the exit code."""
     processes = default_processes() if nproc in (None, "auto") else _positive(nproc)
+    interrupted = None
     try:
         resolved = load(config, overrides)
     except ConfigError:
@@ -87,6 +99,7 @@ def train_verb(config: str, nproc: str | None, as_json: bool, overrides: list[st
     else:
         if multiplies_bf16_fast() and resolved.origins["precision"] == "default":
             overrides = ["--precision", "bf16", *overrides]
+        interrupted = Path(resolved.config.run.dir) / INTERRUPTED
     arguments = ["--standalone", "--nproc-per-node", str(processes), "-m", "minizero.train", config, *overrides]
     line = shlex.join(["torchrun", *arguments])
     if nproc is None:
@@ -94,12 +107,33 @@ def train_verb(config: str, nproc: str | None, as_json: bool, overrides: list[st
         return 0
     if not as_json:
         print(line, flush=True)
-        return launch(arguments, processes)
+        return requeued(launch(arguments, processes), interrupted)
     with contextlib.redirect_stdout(sys.stderr), everything_to_stderr():
-        code = launch(arguments, processes)
+        code = requeued(launch(arguments, processes), interrupted)
     summary = Path(resolved.config.run.dir) / "summary.json" if code == 0 else None
     print(json.dumps({"command": line, "exit_code": code, **(json.loads(summary.read_text()) if summary else {})}))
     return code
+
+
+def requeued(code: int, interrupted: Path | None) -> int:
+    """torchrun's exit code, or `REQUEUE` for a run that was stopped by a signal and has saved its step."""
+    return REQUEUE if code and interrupted is not None and interrupted.is_file() else code
+
+
+def verify_resume_verb(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Say whether a killed and continued run is the same; returns the exit code."""
+    processes = default_processes() if options.nproc in (None, "auto") else _positive(options.nproc)
+    with tempfile.TemporaryDirectory(prefix="minizero-") as folder:
+        try:
+            lines = verify_resume(options.config, processes, options.n, Path(folder), overrides)
+        except (RuntimeError, OSError) as error:
+            raise SystemExit(f"minizero verify-resume: {error}") from None
+    if options.json:
+        print(json.dumps({"steps": 2 * options.n, "killed_after": options.n, "differences": lines}))
+    else:
+        same = f"the same, bit by bit: {2 * options.n} steps, and {options.n}, a kill, and {options.n} more"
+        print("\n".join(lines) or same)
+    return 1 if lines else 0
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ from minizero.config.deepspeed import to_deepspeed
 from minizero.dist.collectives import CollectiveError, Communicator
 from minizero.models.dropout import hash_samples
 from minizero.observe.log import EngineLog
+from minizero.observe.watchdog import Watchdog
 from minizero.parallelize import Parallelized
 from minizero.pipelined import Pipelined
 from minizero.utils.forward import ForwardEntry, forward_of, samples
@@ -42,6 +43,7 @@ from minizero.utils.losses import Loss, arguments, checked, loss_and_count, loss
 from minizero.utils.warnings import warn_once
 from minizero.zero.optimizer import StepResult, Window, ZeroOptimizer
 from minizero.zero.policy import DTYPES
+from minizero.zero.replicas import check_replicas
 from minizero.zero.runtime import ZeroRuntime
 
 
@@ -96,6 +98,7 @@ class Engine:
         self._compares_inputs = config.parallel.tp * config.parallel.cp * config.parallel.pp > 1
         self._num_parameters = num_parameters
         self._background = Background(world.apart)
+        self._watchdog = Watchdog(self.ledger, torch.distributed.get_rank(), config.dist.step_timeout)
         self.pipeline: Pipelined | None = None
         if stages is not None and stages.stage is not None:
             call = lambda batch: self._call(*arguments(self._on_device(batch)))  # noqa: E731
@@ -188,7 +191,7 @@ class Engine:
     def step(self, lr_kwargs: None = None) -> None:
         """On the accumulation boundary: clip, update, gather, advance the schedule. Elsewhere nothing.
 
-        Raises FloatingPointError as `ZeroOptimizer.step_window` says, RuntimeError when `loss.backward()` took the
+        Raises NonFiniteError as `ZeroOptimizer.step_window` says, RuntimeError when `loss.backward()` took the
         place of `engine.backward(loss)`.
         """
         self._refuse_in_pipeline("step()", "train_batch(data_iter), which does all of a step")
@@ -226,8 +229,17 @@ class Engine:
                 self.lr_scheduler.step()
         else:
             self.skipped_steps += 1
-        self.entry.stepped(self.global_steps)
+        self._stepped()
+        every = self.settings.dist.check_replicas
+        if every and self.global_steps % every == 0:
+            with self.ledger.phase("replicas"):
+                check_replicas(self.runtime, self.world)
         self.log.step(self)
+
+    def _stepped(self) -> None:
+        """Tell those who count along."""
+        self.entry.stepped(self.global_steps)
+        self.ledger.step = self.global_steps
 
     @property
     def _window(self) -> Window:
@@ -279,12 +291,13 @@ class Engine:
             )
         iterator = self._training_iterator() if data_iter is None else data_iter
         self.module.train()
-        if self.pipeline is not None:
-            self._pipelined_step([next(iterator) for _ in range(self.batch.accumulation)])
-        else:
-            for _ in range(self.batch.accumulation):
-                self.backward(loss_of(self._forward_batch(next(iterator))))
-            self.step()
+        with self._watchdog.watch("a step"):
+            if self.pipeline is not None:
+                self._pipelined_step([next(iterator) for _ in range(self.batch.accumulation)])
+            else:
+                for _ in range(self.batch.accumulation):
+                    self.backward(loss_of(self._forward_batch(next(iterator))))
+                self.step()
         assert self.result is not None
         return torch.tensor(self.result.loss, dtype=torch.float64)
 
@@ -513,8 +526,8 @@ class Engine:
             raise ValueError("exclude_frozen_parameters is not available: a checkpoint holds every parameter")
         name = f"global_step{self.global_steps}" if tag is None else str(tag)
         settings = self.settings.checkpoint
-        self.wait_for_checkpoint()
-        with self.ledger.phase("checkpoint"):
+        with self._watchdog.watch("a save"), self.ledger.phase("checkpoint"):
+            self.wait_for_checkpoint()
             save = prepare(
                 self._state(),
                 Path(save_dir),
@@ -578,7 +591,7 @@ class Engine:
         self.skipped_steps, self.micro_steps = counters.skipped_steps, counters.micro_steps
         if not same_layout:  # of this layout there would have been as many as hold the samples
             self.micro_steps = self.global_samples // (self.batch.micro_batch_size * self.dp_size)
-        self.entry.stepped(self.global_steps)
+        self._stepped()
 
     def _state(self) -> TrainingState:
         counters = {
