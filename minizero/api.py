@@ -12,6 +12,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,7 @@ def compare_over_ranks(comm: Communicator, settings: Config, model: nn.Module) -
     raise ValueError("ranks were started with different settings, models or code:\n" + "\n".join(rows))
 
 
+@cache
 def versions() -> dict[str, str]:
     """What this rank runs: torch's version, Python's, and a hash of minizero's own source."""
     digest = xxhash.xxh3_64()

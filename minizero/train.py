@@ -45,15 +45,18 @@ EXPECTED = (ValueError, OSError, CheckpointError, minizero.CollectiveError, Floa
 HEAD_START = 4.0  # seconds in which rank 0 says what all ranks have to say
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the job; returns the exit code. What can be expected to go wrong is one message, without a traceback."""
+def main(arguments: list[str] | None = None, requests: StopRequests | None = None) -> int:
+    """Run the job; returns the exit code. What can be expected to go wrong is one message, without a traceback.
+
+    `requests` are signals that end it after the step at hand, with a checkpoint, and with `REQUEUE` as its exit code.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(f"usage: torchrun --nproc-per-node N -m minizero.train CONFIG [--a.b VALUE ...]\n\n{help_text()}")
         return 0 if arguments else 2
     path, overrides = (None, arguments) if arguments[0].startswith("--") else (arguments[0], arguments[1:])
     try:
-        return run(load(path, overrides))
+        return run(load(path, overrides), requests or StopRequests())
     except EXPECTED as error:
         return fail(f"{type(error).__name__}: {error}", 1)
     except KeyboardInterrupt:
@@ -74,13 +77,8 @@ def fail(message: str, code: int) -> int:
     return code
 
 
-def run(resolved: Resolved) -> int:
-    """Train as `resolved` says, from the beginning or from the newest checkpoint; returns the exit code.
-
-    SIGTERM and SIGUSR1 (a scheduler's warning) end it after the step at hand, with a checkpoint and `REQUEUE`.
-    """
-    requests = StopRequests()
-    requests.listen(signal.SIGTERM, signal.SIGUSR1)
+def run(resolved: Resolved, requests: StopRequests) -> int:
+    """Train as `resolved` says, from the beginning or from the newest checkpoint; returns the exit code."""
     config = resolved.config
     folder = Path(config.run.dir)
     checkpoints = checkpoint_folder(config)
@@ -272,4 +270,6 @@ def step_record(engine: minizero.Engine, loss: float, seconds: float) -> dict:
 
 if __name__ == "__main__":
     faulthandler.register(signal.SIGUSR2)  # `kill -USR2` a rank that seems to hang: it prints where it is
-    sys.exit(main())
+    asked = StopRequests()
+    asked.listen(signal.SIGTERM, signal.SIGUSR1)  # a scheduler's warning is either
+    sys.exit(main(requests=asked))

@@ -1,7 +1,7 @@
 """`minizero verify-resume CONFIG`: whether a run of these settings, killed and continued, is the run that was not.
 
-It trains 2N steps; trains the same again, is killed (all ranks at once, without a warning) once the checkpoint of step N
-is there, and continues; then compares the two last checkpoints bit by bit, random states included, and every line of
+It trains 2N steps; trains the same again, is killed (all ranks at once, without a warning) once the checkpoint of step
+N is there, and continues; then compares the two last checkpoints bit by bit, random states included, and every line of
 `metrics.jsonl` that does not depend on a clock.
 """
 

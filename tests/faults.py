@@ -13,18 +13,20 @@ The nursery is a process of its own (`python tests/faults.py`): the test's own p
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import hashlib
 import importlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,17 @@ import toys
 from test_layouts import VOCAB
 
 import minizero
+from minizero import api
+from minizero.checkpoint import CheckpointError, save
 from minizero.checkpoint.save import Retention
 from minizero.config.schema import ModelConfig
 from minizero.dist import positions
 from minizero.models import build as decoder
+from minizero.zero.optimizer import StepResult
 
 STEPS, EVERY = 6, 2
 DEADLINE = 60.0  # seconds that a trial may take, before it is a hang
+AFTER_THE_FIRST = 8.0  # seconds that ranks may outlive the first, beyond the collectives' timeout; then they are killed
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,8 @@ def attempt(number: int, job: Job, kill: Kill | None, act: str) -> list[Ended]:
         now = time.monotonic()
         if pid in ranks:
             rank = ranks[pid]
-            died = now if died is None else died
+            if died is None:
+                died, deadline = now, min(deadline, now + job.timeout + AFTER_THE_FIRST)
             words = words_of(job, rank).read_text() if words_of(job, rank).exists() else ""
             state = state_of(job, rank).read_text() if state_of(job, rank).exists() else None
             found[rank] = Ended(os.waitstatus_to_exitcode(status), now - died, words, state)
@@ -247,8 +254,8 @@ def arm(kill: Kill) -> None:
 # ---- what ranks run ----
 
 
-def build(job: Job) -> Any:
-    """The engine of a job."""
+def build(job: Job, **changes: Any) -> Any:
+    """The engine of a job, with settings changed."""
     torch.manual_seed(0)
     if job.model == "llama":
         config = ModelConfig(hidden_size=16, num_layers=2, num_heads=2, intermediate_size=23, tie_embeddings=True)
@@ -256,18 +263,16 @@ def build(job: Job) -> Any:
     else:
         model = toys.make(job.model)
     dp = job.world // job.tp // job.pp
-    return minizero.initialize(
-        model=model,
-        config=minizero.Config(
-            precision=job.precision,
-            parallel={"tp": job.tp, "pp": job.pp},
-            zero={"stage": job.stage},
-            train={"micro_batch_size": toys.BATCH // dp // job.pp, "gradient_accumulation_steps": job.pp},
-            optimizer={"lr": 3e-3},
-            dist={"timeout": job.timeout},
-            checkpoint={"asynchronous": job.asynchronous, "allow_fallback": job.allow_fallback},
-        ),
-    )[0]
+    settings: dict[str, Any] = {
+        "precision": job.precision,
+        "parallel": {"tp": job.tp, "pp": job.pp},
+        "zero": {"stage": job.stage},
+        "train": {"micro_batch_size": toys.BATCH // dp // job.pp, "gradient_accumulation_steps": job.pp},
+        "optimizer": {"lr": 3e-3},
+        "dist": {"timeout": job.timeout},
+        "checkpoint": {"asynchronous": job.asynchronous, "allow_fallback": job.allow_fallback},
+    }
+    return minizero.initialize(model=model, config=minizero.Config(**(settings | changes)))[0]
 
 
 def micro_batches(job: Job, engine: Any, step: int) -> Iterator[Any]:
@@ -320,7 +325,115 @@ def logged(folder: str, rank: int) -> dict[int, set[str]]:
     return found
 
 
-ACTS: dict[str, Callable[[Job], str]] = {"train": train}
+def hang_in_a_loop(job: Job) -> str:
+    """The first rank never ends its second step."""
+
+    def hang() -> None:
+        while True:
+            time.sleep(0.01)
+
+    return stuck_in(job, hang)
+
+
+def hang_in_a_lock(job: Job) -> str:
+    """The same, in native code that does not let go of the interpreter."""
+
+    def hang() -> None:
+        ctypes.PyDLL(None).sleep(60)
+
+    return stuck_in(job, hang)
+
+
+def stuck_in(job: Job, hang: Callable[[], None]) -> str:
+    engine = build(job, dist={"timeout": job.timeout, "step_timeout": 1.0})
+    engine.train_batch(micro_batches(job, engine, 0))
+    if engine.global_rank == 0:
+        engine.optimizer.step_window = lambda *_: hang()
+    engine.train_batch(micro_batches(job, engine, 1))
+    return ""
+
+
+def flip_a_bit(job: Job) -> str:
+    """In the second rank's copy of a weight, after the first step."""
+    engine = build(job, dist={"timeout": job.timeout, "check_replicas": 1})
+    engine.train_batch(micro_batches(job, engine, 0))
+    if engine.global_rank == 1:
+        name = "model.norm.weight" if job.model == "llama" else "blocks.1.up.weight"
+        dict(engine.named_parameters())[name].detach().view(torch.int32).view(-1)[3] ^= 1
+    engine.optimizer.step_window = lambda *_: StepResult(True, 1.0, 1.0, 1)  # an update would spread or heal it
+    engine.train_batch(micro_batches(job, engine, 1))
+    return ""
+
+
+def check_every_step(job: Job) -> str:
+    engine = build(replace(job, world=job.world), dist={"timeout": job.timeout, "check_replicas": 1})
+    for step in range(4):
+        engine.train_batch(micro_batches(job, engine, step))
+    return ""
+
+
+def disagree_on_config(job: Job) -> str:
+    build(job, **({"optimizer": {"lr": 0.5}} if dist.get_rank() else {}))
+    return ""
+
+
+def disagree_on_seed(job: Job) -> str:
+    build(job, train={"seed": 7, "micro_batch_size": 8} if dist.get_rank() else {"micro_batch_size": 8})
+    return ""
+
+
+def disagree_on_code(job: Job) -> str:
+    if dist.get_rank():
+        api.versions = lambda: {"minizero": "0123456789abcdef"}
+    build(job)
+    return ""
+
+
+def fill_the_disk(job: Job) -> str:
+    """The second rank may write no file beyond 3000 bytes."""
+    engine = build(job)
+    engine.train_batch(micro_batches(job, engine, 0))
+    engine.save_checkpoint(f"{job.folder}/checkpoints")
+    engine.train_batch(micro_batches(job, engine, 1))
+    before = hash_of(engine)
+    if engine.global_rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+    try:
+        engine.save_checkpoint(f"{job.folder}/checkpoints")
+    except CheckpointError as error:
+        assert "rank 1: no space for" in str(error) and "needs" in str(error) and "has" in str(error), error
+    else:
+        raise AssertionError("there was room")
+    assert hash_of(engine) == before
+    engine.train_batch(micro_batches(job, engine, 2))
+    return ""
+
+
+def fail_in_the_background(job: Job) -> str:
+    """The second rank cannot write its file; then it can."""
+    engine = build(job)
+    engine.train_batch(micro_batches(job, engine, 0))
+    plain = save.write_tensors
+    if engine.global_rank == 1:
+        save.write_tensors = broken
+    engine.save_checkpoint(f"{job.folder}/checkpoints")
+    engine.train_batch(micro_batches(job, engine, 1))
+    try:
+        engine.save_checkpoint(f"{job.folder}/checkpoints")
+    except CheckpointError as error:
+        assert "rank 1: OSError: [Errno 5] a bad disk" in str(error), error
+    else:
+        raise AssertionError("nobody heard of it")
+    save.write_tensors = plain
+    engine.train_batch(micro_batches(job, engine, 2))
+    engine.save_checkpoint(f"{job.folder}/checkpoints")
+    engine.destroy()
+    return ""
+
+
+def broken(*_: Any) -> Any:
+    raise OSError(5, "a bad disk")
+
 
 if __name__ == "__main__":
     serve()

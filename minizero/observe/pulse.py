@@ -18,7 +18,7 @@ import torch
 
 from minizero.dist.collectives import Communicator
 
-WINDOW = 10  # steps whose fastest counts: noise makes steps slower, never faster
+WINDOW = 16  # steps whose fastest counts: noise makes steps slower, never faster
 SLOWER = 1.5  # times its peers' median
 BY_AT_LEAST = 0.05  # seconds
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from minizero.dist.ledger import CommLedger
 
 HEAD_START = 2.0  # seconds for the thread of ours
-EXIT_CODE = 1  # faulthandler's
+STDERR = 2  # the descriptor: sys.stderr may be something else
 
 
 class Watchdog:
@@ -42,7 +42,7 @@ class Watchdog:
         telling = threading.Timer(self.seconds, self._tell, (what,))
         telling.daemon = True
         telling.start()
-        faulthandler.dump_traceback_later(self.seconds + HEAD_START, exit=True)
+        faulthandler.dump_traceback_later(self.seconds + HEAD_START, exit=True, file=STDERR)
         self._depth += 1
         try:
             yield

@@ -1,7 +1,7 @@
 """Weights that several ranks hold alike must be alike: a flipped bit in one copy trains on, and nobody sees it.
 
-Every copy is summed up as integers, a number per flat group, which any single flipped bit changes. Copies are: at stages
-below 3 the whole parameters, on all data-parallel ranks; at every stage what tensor-parallel ranks have in common.
+Every copy is summed up as integers, a number per flat group, which any single flipped bit changes. Copies are: at
+stages below 3 the whole parameters, on all data-parallel ranks; at every stage what tensor-parallel ranks have in common.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def compare(comm: Communicator, groups: Sequence[FlatGroup], copies: Sequence[Se
         if others:
             differ = [rank for rank, value in of_copies.items() if value != usual]
             named = ", ".join(group.names[:3]) + (", ..." if len(group.names) > 3 else "")
-            which = f"rank {differ} of axis {comm.axis} differs from {count} others"
-            return f"{named}: " + (
-                which if count > len(differ) else f"ranks {list(ranks)} of axis {comm.axis} disagree"
+            which = (
+                f"rank {differ} differs from {count} others" if count > len(differ) else f"ranks {[*ranks]} disagree"
             )
+            return f"{named}: {which} (axis {comm.axis})"
     return ""
 
 
