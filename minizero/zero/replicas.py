@@ -1,7 +1,7 @@
 """Weights that several ranks hold alike must be alike: a flipped bit in one copy trains on, and nobody sees it.
 
 Every copy is summed up as integers, a number per flat group, which any single flipped bit changes. Copies are: at
-stages below 3 the whole parameters, on all data-parallel ranks; at every stage what tensor-parallel ranks have in common.
+stages below 3 the whole parameters, on all data-parallel ranks; at every stage what tensor-parallel ranks share.
 """
 
 from __future__ import annotations
