@@ -288,6 +288,7 @@ def micro_batches(job: Job, engine: Any, step: int) -> Iterator[Any]:
 def train(job: Job) -> str:
     """Train to the end, from wherever the folder's checkpoints are; the hash of everything that a rank then holds."""
     engine = build(job)
+    torch.manual_seed(100 + engine.global_rank)  # random states of ranks differ
     engine.load_checkpoint(f"{job.folder}/checkpoints")
     Progress.steps = engine.global_steps
     log = open(f"{job.folder}/log{engine.global_rank}", "a", buffering=1)

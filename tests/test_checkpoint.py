@@ -57,6 +57,25 @@ def test_resume_is_bitwise_the_same_run(tmp_path, stage, world, precision):
         assert found == expected and same
 
 
+def scales(folder: str) -> list[tuple[float, dict]]:
+    scale = {"initial_power": 6, "window": 2}
+    straight, resumed = (
+        minizero.initialize(model=make("toy"), config=settings(1, 2, precision="fp16", loss_scale=scale))[0]
+        for _ in range(2)
+    )
+    run(straight, 0, 5)
+    straight.save_checkpoint(folder)
+    resumed.load_checkpoint(folder)
+    run(straight, 5, 8)
+    run(resumed, 5, 8)
+    return [(engine.loss_scale, engine.optimizer.scaler.state_dict()) for engine in (straight, resumed)]
+
+
+def test_the_loss_scale_comes_back(tmp_path):
+    for straight, resumed in run_distributed(scales, 2, str(tmp_path)):
+        assert straight == resumed and straight[0] > 2.0**7
+
+
 def save_twice(folder: str) -> None:
     engine = build(3)
     run(engine, 0, 1)
