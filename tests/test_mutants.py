@@ -1,4 +1,4 @@
-# ruff: noqa: E501: what is replaced is quoted as it stands
+# ruff: noqa: E501
 """Our own code, broken on purpose: each mutant of what keeps runs safe must be killed by a test (`make soak`)."""
 
 from __future__ import annotations
