@@ -1,4 +1,4 @@
-"""Where an op runs: whose tensors kernels take, with and without the cure of Triton's interpreter."""
+"""Where an op runs: whose tensors kernels take, with and without the cure of Triton's interpreter; what is traced."""
 
 from __future__ import annotations
 
@@ -112,6 +112,46 @@ def test_without_the_cure_the_interpreter_is_for_fp32_and_fp16(value):
         assert message == (
             f"{name}: Triton's interpreter computes garbage in {dtype}; backend auto or torch runs it in torch"
         )
+
+
+# ---- tracing ----
+
+TRACED = """
+import json, sys, torch
+import torch.utils._triton
+from minizero import kernels
+from minizero.kernels import backend
+
+for module in [each for name, each in sys.modules.items() if name.startswith("minizero.kernels.")]:
+    module.use_triton = lambda backend, op, *tensors: True
+torch.utils._triton.has_triton = torch.utils._triton.has_triton_package = lambda: True
+graphs, found = [], {"interpreted": backend.INTERPRETED}
+
+def keep(graph, inputs):
+    "Nothing is compiled, since nothing can run."
+    graphs.append(graph)
+    raise NotImplementedError
+
+labels = torch.zeros(4, dtype=torch.int64)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for in_place in (False, True):
+        x = torch.randn(4, 16).to(dtype).requires_grad_()
+        try:
+            loss = lambda x: kernels.cross_entropy(x * 1, labels, in_place=in_place, backend="triton")
+            torch.compile(loss, fullgraph=True, backend=keep)(x)
+        except Exception as error:
+            found[f"{dtype} {in_place}"] = f"{type(error).__name__}: {error}"[:200]
+        torch._dynamo.reset()
+print(json.dumps({**found, "graphs": len(graphs)}))
+"""
+
+
+def test_torch_compile_traces_the_kernels_of_the_loss_and_their_backward():
+    """Dynamo looks at backward too. There is no GPU to run them on."""
+    found = in_a_process(TRACED, TRITON_INTERPRET="0")
+    assert not found.pop("interpreted")
+    assert found.pop("graphs") == 6, found
+    assert all("NotImplementedError" in message for message in found.values()), found
 
 
 # ---- memory ----
