@@ -4,9 +4,9 @@
 
 84 M parameters in fp32 with AdamW's two moments, sharded whole (stage 3, FSDP2). minizero takes a checksum of every
 byte and syncs every file; DCP syncs files; DeepSpeed does neither. `stall` is how long training waits for a save in the
-background. Loading is from a checkpoint of its own kind, which minizero reads twice: to verify it, and to use it. `more` is the
-peak of a process beyond its own before it saved or loaded. Saves take turns with one another, then loads do. Writes
-`benchmarks/results/checkpoint_io.json`.
+background. Loading is from a checkpoint of its own kind, which minizero reads twice: to verify it, and to use it.
+`more` is the peak of a process beyond its own before it saved or loaded. Saves take turns with one another, then loads
+do. Writes `benchmarks/results/checkpoint_io.json`.
 """
 
 from __future__ import annotations

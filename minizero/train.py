@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -89,6 +90,7 @@ def run(resolved: Resolved, requests: StopRequests) -> int:
         return 0
     data = prepare_together(config)
     minizero.init_distributed(config.dist.backend, timeout=config.dist.timeout)
+    torch.manual_seed(zlib.crc32(f"{config.train.seed}/{dist.get_rank()}".encode()))  # else every start has its own
     with torch.device("meta"):
         model = build(config.model, data.tokenizer.vocab_size, config.train.sequence_length)
     if config.log.tensorboard.enabled and config.log.tensorboard.dir is None:

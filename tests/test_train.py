@@ -19,7 +19,8 @@ from harness import run_distributed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minizero import train
-from minizero.checkpoint.inspect import listing
+from minizero.checkpoint.inspect import diff, listing
+from minizero.verify_resume import metric_differences, random_differences, verify_resume
 
 ROOT = Path(__file__).parents[1]
 TINY = """
@@ -220,3 +221,20 @@ def test_bad_input_is_one_clear_message(place, more, message):
     for code, _, errors in results:
         assert code == 1 and errors.count("minizero: ") == 1 and message in errors
     assert not (place / "bad").exists()
+
+
+def test_a_killed_run_continues_as_the_same_run(place, tmp_path):
+    """By the verb that users have, and that it sees a run which is not the same."""
+    data = ["--data.source", str(place / "corpus"), "--data.dir", str(place / "data")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        assert verify_resume(str(place / "tiny.toml"), 2, 2, tmp_path, data) == []
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    lines = (resumed / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(lines[-1]) | {"loss": 0.0}
+    (resumed / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(record)]))
+    (found,) = metric_differences(straight, resumed)
+    assert found.startswith("step 4, loss: ") and found.endswith(" | 0.0")
+    ends = [straight / "checkpoints" / f"global_step{step}" for step in (2, 4)]
+    assert random_differences(*ends) == [] and diff(*ends) != []
