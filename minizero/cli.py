@@ -1,4 +1,4 @@
-"""The verbs: `minizero train | doctor | pipeline`, small conveniences around `torchrun -m minizero.train`."""
+"""The verbs: `minizero train | doctor | pipeline | export`, small conveniences around `torchrun -m minizero.train`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from minizero.checkpoint import CheckpointError
+from minizero.checkpoint.export import export_hf
 from minizero.config import ConfigError
 from minizero.config.load import load
 from minizero.kernels.backend import obstacle
@@ -31,6 +33,7 @@ from minizero.parallel.pipeline.draw import caption, grid, save
 from minizero.parallel.pipeline.schedules import SCHEDULES, build
 from minizero.parallel.pipeline.simulate import Costs, Timeline, simulate
 from minizero.parallel.pipeline.validate import validate
+from minizero.zero.policy import DTYPES
 
 PACKAGES = (
     "minizero",
@@ -64,12 +67,15 @@ def main(arguments: list[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
 
     add_pipeline(verbs)
+    add_export(verbs)
 
     known, overrides = parser.parse_known_args(arguments)
     if known.verb == "train":
         return train_verb(known.config, known.nproc, known.json, overrides)
     if overrides:
         parser.error(f"unknown arguments: {' '.join(overrides)}")
+    if known.verb == "export":
+        return export_verb(known)
     return pipeline_verb(known) if known.verb == "pipeline" else doctor_verb(known.json)
 
 
@@ -241,6 +247,31 @@ def schedules_and_timelines(options: argparse.Namespace) -> tuple[list[Schedule]
         names = options.schedule.split(",")
         schedules = [build(name, *size, costs, options.memory_limit, options.kept) for name in names]
     return schedules, [simulate(schedule, costs) for schedule in schedules]
+
+
+def add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The arguments of `minizero export`."""
+    export = verbs.add_parser("export", help="write a checkpoint as a folder of HuggingFace's", allow_abbrev=False)
+    export.add_argument("checkpoint", type=Path, help="a checkpoint, or a run, of which the latest is taken")
+    export.add_argument("out", type=Path, help="the new folder")
+    export.add_argument("--format", choices=["hf"], default="hf", help="hf: safetensors, config.json, tokenizer files")
+    export.add_argument(
+        "--dtype", choices=[*DTYPES], help="of the weights; that in which the run computed unless given"
+    )
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file: 5GB unless given")
+    export.add_argument(
+        "--tokenizer", type=Path, metavar="PATH", help="tokenizer.json or folder; the run's unless given"
+    )
+
+
+def export_verb(options: argparse.Namespace) -> int:
+    """Write the folder and say what is in it; returns the exit code."""
+    more = {"dtype": options.dtype, "max_shard_size": options.max_shard_size, "tokenizer": options.tokenizer}
+    try:
+        print("\n".join(export_hf(options.checkpoint, options.out, **more)))
+    except (ValueError, OSError, CheckpointError) as error:
+        raise SystemExit(f"minizero export: {error}") from None
+    return 0
 
 
 def _version(package: str) -> str | None:

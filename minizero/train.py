@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 -m minizero.train launch/configs/quickstart.toml --zero.stage 3
 
-Everything a run leaves is in `run.dir`: `config.json` (each value with its origin), `metrics.jsonl`, `checkpoints/`,
-`loss.png`, `summary.json`. Run again, it continues from its newest checkpoint.
+Everything a run leaves is in `run.dir`: `config.json` (each value with its origin), `tokenizer.json`, `metrics.jsonl`,
+`checkpoints/`, `loss.png`, `summary.json`. Run again, it continues from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ def run(resolved: Resolved) -> None:
     if chief:
         folder.mkdir(parents=True, exist_ok=True)
         save_resolved(resolved, folder / "config.json")
+        data.tokenizer.save(folder / "tokenizer.json")  # `minizero export` finds it beside the checkpoints
     started, began = engine.global_steps, time.perf_counter()
     train(engine, data, loader, config, folder, chief)
     report(engine, data, config, folder, chief, started, time.perf_counter() - began)
