@@ -35,11 +35,11 @@ def load_hf(folder: str | Path, **changes: Any) -> nn.Module:
     try:
         config = json.loads(path.read_text())
         settings, vocab_size, positions = from_hf(config, changes)
+        with torch.device("meta"):
+            model = build(settings, vocab_size, positions)
     except ValueError as error:  # JSON's own too
         raise ValueError(f"{path}: {error}") from None
     files_behind(Path(folder))  # what is missing is said here, not when processes have met
-    with torch.device("meta"):
-        model = build(settings, vocab_size, positions)
     assert isinstance(model, HuggingFaceNames)
     model.pretrained = Path(folder).absolute()
     ids = {name: config[name] for name in TOKEN_IDS if name in config}

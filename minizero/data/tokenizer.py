@@ -57,6 +57,7 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": SEPARATOR,
             "eos_token": SEPARATOR,
+            "unk_token": SEPARATOR,  # nothing is unknown to bytes, but CTranslate2 asks, and GPT-2's says this
             "clean_up_tokenization_spaces": False,  # else decoding would change text
             **({} if longest is None else {"model_max_length": longest}),
         }

@@ -124,12 +124,14 @@ class HuggingFaceNames:
 # ---- from HuggingFace ----
 
 
-def from_hf(config: dict[str, Any], changes: Mapping[str, Any] = MappingProxyType({})) -> tuple[ModelConfig, int, int]:
+def from_hf(config: Any, changes: Mapping[str, Any] = MappingProxyType({})) -> tuple[ModelConfig, int, int]:
     """(settings, vocabulary size, longest sequence) of a `config.json`; `changes` are settings that replace its own.
 
     Raises ValueError naming the key, its value and what is legal, for whatever our models do not have.
     """
-    kind = KINDS.get(config.get("model_type", ""))
+    if not isinstance(config, dict):
+        raise ValueError("no table of keys and values")
+    kind = KINDS.get(str(config.get("model_type")))
     if kind is None:
         raise refused("model_type", config.get("model_type"), ", ".join(KINDS))
     for name, legal in kind.fixed.items():
@@ -176,7 +178,7 @@ def value_of(config: dict[str, Any], key: Key) -> Any:
 
 def refuse_others(config: dict[str, Any]) -> None:
     """Raise ValueError for what any kind may ask for."""
-    dtype = config.get("dtype", config.get("torch_dtype")) or FLOATS[0]
+    dtype = value_of(config, Key(("dtype", "torch_dtype"), FLOATS[0]))
     if str(dtype).removeprefix("torch.") not in FLOATS:
         raise refused("dtype", dtype, ", ".join(FLOATS))
     if config.get("quantization_config"):
