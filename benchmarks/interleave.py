@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-Build = Callable[[int, int], Callable[[], Any]]  # (rank, world) -> one training step
+Build = Callable[[int, int], Callable[[], Any]]  # (rank, world) -> one training step; its `before` is not timed
 
 
 @dataclass
@@ -81,6 +81,8 @@ def serve(build: Build, rank: int, world: int, port: int, pipe: Connection) -> N
     while (steps := pipe.recv()) is not None:
         milliseconds = []
         for _ in range(steps):
+            if (before := getattr(step, "before", None)) is not None:
+                before()
             begin = time.perf_counter()
             step()
             milliseconds.append(1e3 * (time.perf_counter() - begin))

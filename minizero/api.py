@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import platform
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, DistributedSampler
@@ -110,6 +113,7 @@ def initialize(
         clip=settings.train.gradient_clipping,
         allow_untested=settings.zero.allow_untested_optimizer,
         kernels=kernels,
+        max_skips=settings.train.max_skipped_steps,
     )
     schedule = make_schedule(lr_scheduler, sharded, settings)
     loader = make_loader(training_data, collate_fn, comm.along("dp"), batch.micro_batch_size, settings)
@@ -243,6 +247,7 @@ def compare_over_ranks(comm: Communicator, settings: Config, model: nn.Module) -
     """Raise ValueError on every rank when ranks were given different settings or models, saying what differs."""
     device = local_device()
     lines = [f"{key} = {value}" for key, value in sorted(flatten(settings.model_dump(exclude={"run"})).items())]
+    lines += [f"code of {name} = {version}" for name, version in versions().items()]
     shapes = [
         f"parameter {n}: {tuple(p.shape)} {p.dtype} trainable={p.requires_grad}" for n, p in model.named_parameters()
     ]
@@ -255,7 +260,18 @@ def compare_over_ranks(comm: Communicator, settings: Config, model: nn.Module) -
     rows = [
         f"  rank {rank}: {'; '.join(sorted(text - common)[:5]) or '(nothing more)'}" for rank, text in enumerate(texts)
     ]
-    raise ValueError("ranks were started with different settings or models:\n" + "\n".join(rows))
+    raise ValueError("ranks were started with different settings, models or code:\n" + "\n".join(rows))
+
+
+@cache
+def versions() -> dict[str, str]:
+    """What this rank runs: torch's version, Python's, and a hash of minizero's own source."""
+    digest = xxhash.xxh3_64()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode())
+        digest.update(path.read_bytes())
+    return {"torch": torch.__version__, "python": platform.python_version(), "minizero": digest.hexdigest()}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The verbs: `minizero train | doctor | pipeline | export`, small conveniences around `torchrun -m minizero.train`."""
+"""The verbs of `minizero`: train, doctor, pipeline, checkpoint, export, verify-resume."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import platform
 import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
@@ -21,8 +22,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from minizero.checkpoint import CheckpointError
-from minizero.checkpoint.export import export_hf
+from minizero.checkpoint.verbs import add_checkpoint, add_export, checkpoint_verb, export_verb
 from minizero.config import ConfigError
 from minizero.config.load import load
 from minizero.kernels.backend import obstacle
@@ -33,7 +33,8 @@ from minizero.parallel.pipeline.draw import caption, grid, save
 from minizero.parallel.pipeline.schedules import SCHEDULES, build
 from minizero.parallel.pipeline.simulate import Costs, Timeline, simulate
 from minizero.parallel.pipeline.validate import validate
-from minizero.zero.policy import DTYPES
+from minizero.run_folder import INTERRUPTED, REQUEUE
+from minizero.verify_resume import verify_resume
 
 PACKAGES = (
     "minizero",
@@ -63,17 +64,28 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("--nproc", help="run on this many processes here; `auto`: one per GPU, or 2 on CPUs")
     train.add_argument("--json", action="store_true", help="print one JSON object: the summary of the run, or the line")
 
+    resume = verbs.add_parser("verify-resume", help="kill a run, continue it, compare bit by bit", allow_abbrev=False)
+    resume.add_argument("config", help="TOML or JSON file; further --a.b VALUE override its settings")
+    resume.add_argument("--nproc", help="processes; `auto`: one per GPU, or 2 on CPUs")
+    resume.add_argument("--n", type=int, default=3, metavar="N", help="killed after N of 2N steps (3)")
+    resume.add_argument("--json", action="store_true", help="print one JSON object")
+
     doctor = verbs.add_parser("doctor", help="show versions, devices, backends, and run every kernel")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
 
     add_pipeline(verbs)
+    add_checkpoint(verbs)
     add_export(verbs)
 
     known, overrides = parser.parse_known_args(arguments)
     if known.verb == "train":
         return train_verb(known.config, known.nproc, known.json, overrides)
+    if known.verb == "verify-resume":
+        return verify_resume_verb(known, overrides)
     if overrides:
         parser.error(f"unknown arguments: {' '.join(overrides)}")
+    if known.verb == "checkpoint":
+        return checkpoint_verb(known)
     if known.verb == "export":
         return export_verb(known)
     return pipeline_verb(known) if known.verb == "pipeline" else doctor_verb(known.json)
@@ -82,6 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
 def train_verb(config: str, nproc: str | None, as_json: bool, overrides: list[str]) -> int:
     """Print the torchrun line, or with `nproc` run it; returns the exit code."""
     processes = default_processes() if nproc in (None, "auto") else _positive(nproc)
+    interrupted = None
     try:
         resolved = load(config, overrides)
     except ConfigError:
@@ -89,6 +102,7 @@ def train_verb(config: str, nproc: str | None, as_json: bool, overrides: list[st
     else:
         if multiplies_bf16_fast() and resolved.origins["precision"] == "default":
             overrides = ["--precision", "bf16", *overrides]
+        interrupted = Path(resolved.config.run.dir) / INTERRUPTED
     arguments = ["--standalone", "--nproc-per-node", str(processes), "-m", "minizero.train", config, *overrides]
     line = shlex.join(["torchrun", *arguments])
     if nproc is None:
@@ -96,12 +110,33 @@ def train_verb(config: str, nproc: str | None, as_json: bool, overrides: list[st
         return 0
     if not as_json:
         print(line, flush=True)
-        return launch(arguments, processes)
+        return requeued(launch(arguments, processes), interrupted)
     with contextlib.redirect_stdout(sys.stderr), everything_to_stderr():
-        code = launch(arguments, processes)
+        code = requeued(launch(arguments, processes), interrupted)
     summary = Path(resolved.config.run.dir) / "summary.json" if code == 0 else None
     print(json.dumps({"command": line, "exit_code": code, **(json.loads(summary.read_text()) if summary else {})}))
     return code
+
+
+def requeued(code: int, interrupted: Path | None) -> int:
+    """torchrun's exit code, or `REQUEUE` for a run that was stopped by a signal and has saved its step."""
+    return REQUEUE if code and interrupted is not None and interrupted.is_file() else code
+
+
+def verify_resume_verb(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Say whether a killed and continued run is the same; returns the exit code."""
+    processes = default_processes() if options.nproc in (None, "auto") else _positive(options.nproc)
+    with tempfile.TemporaryDirectory(prefix="minizero-") as folder:
+        try:
+            lines = verify_resume(options.config, processes, options.n, Path(folder), overrides)
+        except (RuntimeError, OSError) as error:
+            raise SystemExit(f"minizero verify-resume: {error}") from None
+    if options.json:
+        print(json.dumps({"steps": 2 * options.n, "killed_after": options.n, "differences": lines}))
+    else:
+        same = f"the same, bit by bit: {2 * options.n} steps, and {options.n}, a kill, and {options.n} more"
+        print("\n".join(lines) or same)
+    return 1 if lines else 0
 
 
 @contextlib.contextmanager
@@ -247,31 +282,6 @@ def schedules_and_timelines(options: argparse.Namespace) -> tuple[list[Schedule]
         names = options.schedule.split(",")
         schedules = [build(name, *size, costs, options.memory_limit, options.kept) for name in names]
     return schedules, [simulate(schedule, costs) for schedule in schedules]
-
-
-def add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The arguments of `minizero export`."""
-    export = verbs.add_parser("export", help="write a checkpoint as a folder of HuggingFace's", allow_abbrev=False)
-    export.add_argument("checkpoint", type=Path, help="a checkpoint, or a run, of which the latest is taken")
-    export.add_argument("out", type=Path, help="the new folder")
-    export.add_argument("--format", choices=["hf"], default="hf", help="hf: safetensors, config.json, tokenizer files")
-    export.add_argument(
-        "--dtype", choices=[*DTYPES], help="of the weights; that in which the run computed unless given"
-    )
-    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file: 5GB unless given")
-    export.add_argument(
-        "--tokenizer", type=Path, metavar="PATH", help="tokenizer.json or folder; the run's unless given"
-    )
-
-
-def export_verb(options: argparse.Namespace) -> int:
-    """Write the folder and say what is in it; returns the exit code."""
-    more = {"dtype": options.dtype, "max_shard_size": options.max_shard_size, "tokenizer": options.tokenizer}
-    try:
-        print("\n".join(export_hf(options.checkpoint, options.out, **more)))
-    except (ValueError, OSError, CheckpointError) as error:
-        raise SystemExit(f"minizero export: {error}") from None
-    return 0
 
 
 def _version(package: str) -> str | None:

@@ -25,8 +25,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map
 
 from minizero.checkpoint.load import load_state
+from minizero.checkpoint.manifest import Counters, Layout
 from minizero.checkpoint.save import KEEP_ALL, Background, Retention, prepare
-from minizero.checkpoint.state import DEGREES, TrainingState, everyone
+from minizero.checkpoint.state import TrainingState, everyone
 from minizero.checkpoint.weights import load_weights, save_weights
 from minizero.config import Config
 from minizero.config.batch import BatchSizes
@@ -34,6 +35,7 @@ from minizero.config.deepspeed import to_deepspeed
 from minizero.dist.collectives import CollectiveError, Communicator
 from minizero.models.dropout import hash_samples
 from minizero.observe.log import EngineLog
+from minizero.observe.watchdog import Watchdog
 from minizero.parallelize import Parallelized
 from minizero.pipelined import Pipelined
 from minizero.utils.forward import ForwardEntry, forward_of, samples
@@ -41,6 +43,7 @@ from minizero.utils.losses import Loss, arguments, checked, loss_and_count, loss
 from minizero.utils.warnings import warn_once
 from minizero.zero.optimizer import StepResult, Window, ZeroOptimizer
 from minizero.zero.policy import DTYPES
+from minizero.zero.replicas import check_replicas
 from minizero.zero.runtime import ZeroRuntime
 
 
@@ -95,6 +98,7 @@ class Engine:
         self._compares_inputs = config.parallel.tp * config.parallel.cp * config.parallel.pp > 1
         self._num_parameters = num_parameters
         self._background = Background(world.apart)
+        self._watchdog = Watchdog(self.ledger, torch.distributed.get_rank(), config.dist.step_timeout)
         self.pipeline: Pipelined | None = None
         if stages is not None and stages.stage is not None:
             call = lambda batch: self._call(*arguments(self._on_device(batch)))  # noqa: E731
@@ -187,7 +191,7 @@ class Engine:
     def step(self, lr_kwargs: None = None) -> None:
         """On the accumulation boundary: clip, update, gather, advance the schedule. Elsewhere nothing.
 
-        Raises FloatingPointError as `ZeroOptimizer.step_window` says, RuntimeError when `loss.backward()` took the
+        Raises NonFiniteError as `ZeroOptimizer.step_window` says, RuntimeError when `loss.backward()` took the
         place of `engine.backward(loss)`.
         """
         self._refuse_in_pipeline("step()", "train_batch(data_iter), which does all of a step")
@@ -225,8 +229,17 @@ class Engine:
                 self.lr_scheduler.step()
         else:
             self.skipped_steps += 1
-        self.entry.stepped(self.global_steps)
+        self._stepped()
+        every = self.settings.dist.check_replicas
+        if every and self.global_steps % every == 0:
+            with self.ledger.phase("replicas"):
+                check_replicas(self.runtime, self.world)
         self.log.step(self)
+
+    def _stepped(self) -> None:
+        """Tell those who count along."""
+        self.entry.stepped(self.global_steps)
+        self.ledger.step = self.global_steps
 
     @property
     def _window(self) -> Window:
@@ -278,12 +291,13 @@ class Engine:
             )
         iterator = self._training_iterator() if data_iter is None else data_iter
         self.module.train()
-        if self.pipeline is not None:
-            self._pipelined_step([next(iterator) for _ in range(self.batch.accumulation)])
-        else:
-            for _ in range(self.batch.accumulation):
-                self.backward(loss_of(self._forward_batch(next(iterator))))
-            self.step()
+        with self._watchdog.watch("a step"):
+            if self.pipeline is not None:
+                self._pipelined_step([next(iterator) for _ in range(self.batch.accumulation)])
+            else:
+                for _ in range(self.batch.accumulation):
+                    self.backward(loss_of(self._forward_batch(next(iterator))))
+                self.step()
         assert self.result is not None
         return torch.tensor(self.result.loss, dtype=torch.float64)
 
@@ -512,8 +526,8 @@ class Engine:
             raise ValueError("exclude_frozen_parameters is not available: a checkpoint holds every parameter")
         name = f"global_step{self.global_steps}" if tag is None else str(tag)
         settings = self.settings.checkpoint
-        self.wait_for_checkpoint()
-        with self.ledger.phase("checkpoint"):
+        with self._watchdog.watch("a save"), self.ledger.phase("checkpoint"):
+            self.wait_for_checkpoint()
             save = prepare(
                 self._state(),
                 Path(save_dir),
@@ -563,22 +577,21 @@ class Engine:
                 scheduler=load_lr_scheduler_states and not load_module_only,
                 allow_fallback=self.settings.checkpoint.allow_fallback,
             )
-            if path is None:
+            if path is None or manifest is None:
                 return None, {}
             self.zero_grad()
             self.runtime.refresh()
         if not load_module_only:
-            self._continue_from(manifest, same_layout=manifest["layout"] == state.layout)
-        return str(path), manifest["client_state"]
+            self._continue_from(manifest.counters, same_layout=manifest.layout == state.layout)
+        return str(path), manifest.client_state
 
-    def _continue_from(self, manifest: dict[str, Any], same_layout: bool) -> None:
-        counters = manifest["counters"]
+    def _continue_from(self, counters: Counters, same_layout: bool) -> None:
         self._iterator = None
-        self.global_steps, self.global_samples = counters["global_steps"], counters["global_samples"]
-        self.skipped_steps, self.micro_steps = counters["skipped_steps"], counters["micro_steps"]
+        self.global_steps, self.global_samples = counters.global_steps, counters.global_samples
+        self.skipped_steps, self.micro_steps = counters.skipped_steps, counters.micro_steps
         if not same_layout:  # of this layout there would have been as many as hold the samples
             self.micro_steps = self.global_samples // (self.batch.micro_batch_size * self.dp_size)
-        self.entry.stepped(self.global_steps)
+        self._stepped()
 
     def _state(self) -> TrainingState:
         counters = {
@@ -588,14 +601,16 @@ class Engine:
             "micro_steps": self.micro_steps,
         }
         parallel = self.settings.parallel
-        degrees = dict(zip(DEGREES, (parallel.pp, self.dp_size, parallel.cp, parallel.tp), strict=True))
-        layout = {
-            **degrees,
-            "zero_stage": self.settings.zero.stage,
-            "precision": self.settings.precision,
-            "micro_batch_size": self.batch.micro_batch_size,
-            "accumulation": self.batch.accumulation,
-        }
+        layout = Layout(
+            pp=parallel.pp,
+            dp=self.dp_size,
+            cp=parallel.cp,
+            tp=parallel.tp,
+            zero_stage=self.settings.zero.stage,
+            precision=self.settings.precision,
+            micro_batch_size=self.batch.micro_batch_size,
+            accumulation=self.batch.accumulation,
+        )
         text = self.settings.model_dump_json(exclude={"run", "log", "debug"})
         return TrainingState(
             self.module,

@@ -18,6 +18,8 @@ from minizero.config import Config, ConfigError
 from minizero.config.load import read_resolved
 from minizero.engine import Engine
 
+INTERRUPTED = "interrupted.json"  # there while a run was stopped by a signal, and wants to be started again
+REQUEUE = 75  # the exit code then: EX_TEMPFAIL of sysexits.h
 MAY_CHANGE = ("run.", "checkpoint.", "log.", "debug.", "dist.", "train.time_limit", "train.eval_every")
 
 

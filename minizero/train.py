@@ -3,19 +3,22 @@
     torchrun --standalone --nproc-per-node 2 -m minizero.train launch/configs/quickstart.toml --zero.stage 3
 
 Everything a run leaves is in `run.dir`: `config.json` (each value with its origin), `tokenizer.json`, `metrics.jsonl`,
-`checkpoints/`, `loss.png`, `summary.json`. Run again, it continues from its newest checkpoint.
+`checkpoints/`, `loss.png`, `summary.json`. Run again, it continues from its newest checkpoint; so it does after
+SIGTERM, before which all ranks finish the same step and save it.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import json
+import math
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -26,32 +29,38 @@ from minizero.checkpoint import CheckpointError
 from minizero.config import Config
 from minizero.config.load import Resolved, help_text, load, save_resolved
 from minizero.data.corpus import open_corpus
-from minizero.data.loader import TokenLoader
+from minizero.data.loader import Batch, TokenLoader
 from minizero.data.prepared import PreparedData, cache_key, prepare
+from minizero.dist.dims import ParallelDims
 from minizero.models import build
 from minizero.observe.metrics import MetricsWriter
 from minizero.observe.progress import Progress
+from minizero.observe.pulse import Pulse, StopRequests
 from minizero.report import bits_per_byte, report
-from minizero.run_folder import checkpoint_folder, finish_save, finished_steps, save
+from minizero.run_folder import INTERRUPTED, REQUEUE, checkpoint_folder, finish_save, finished_steps, save
+from minizero.utils.files import write_atomically
+from minizero.zero.optimizer import NonFiniteError
 
 EXPECTED = (ValueError, OSError, CheckpointError, minizero.CollectiveError, FloatingPointError)
 HEAD_START = 4.0  # seconds in which rank 0 says what all ranks have to say
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the job; returns the exit code. What can be expected to go wrong is one message, without a traceback."""
+def main(arguments: list[str] | None = None, requests: StopRequests | None = None) -> int:
+    """Run the job; returns the exit code. What can be expected to go wrong is one message, without a traceback.
+
+    `requests` are signals that end it after the step at hand, with a checkpoint, and with `REQUEUE` as its exit code.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(f"usage: torchrun --nproc-per-node N -m minizero.train CONFIG [--a.b VALUE ...]\n\n{help_text()}")
         return 0 if arguments else 2
     path, overrides = (None, arguments) if arguments[0].startswith("--") else (arguments[0], arguments[1:])
     try:
-        run(load(path, overrides))
+        return run(load(path, overrides), requests or StopRequests())
     except EXPECTED as error:
         return fail(f"{type(error).__name__}: {error}", 1)
     except KeyboardInterrupt:
         return fail("interrupted; the same command continues from the newest checkpoint, if there is one yet", 130)
-    return 0
 
 
 def fail(message: str, code: int) -> int:
@@ -68,13 +77,8 @@ def fail(message: str, code: int) -> int:
     return code
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends a run as Ctrl-C does."""
-    raise KeyboardInterrupt
-
-
-def run(resolved: Resolved) -> None:
-    """Train as `resolved` says, from the beginning or from the newest checkpoint."""
+def run(resolved: Resolved, requests: StopRequests) -> int:
+    """Train as `resolved` says, from the beginning or from the newest checkpoint; returns the exit code."""
     config = resolved.config
     folder = Path(config.run.dir)
     checkpoints = checkpoint_folder(config)
@@ -82,7 +86,7 @@ def run(resolved: Resolved) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"{folder} is finished ({finished} steps). To train anew, pass --run.dir OTHER; to train on, more")
             print("--train.steps and --checkpoint.resume latest.")
-        return
+        return 0
     data = prepare_together(config)
     minizero.init_distributed(config.dist.backend, timeout=config.dist.timeout)
     with torch.device("meta"):
@@ -98,11 +102,16 @@ def run(resolved: Resolved) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_resolved(resolved, folder / "config.json")
         data.tokenizer.save(folder / "tokenizer.json")  # `minizero export` finds it beside the checkpoints
+        (folder / INTERRUPTED).unlink(missing_ok=True)
     started, began = engine.global_steps, time.perf_counter()
-    train(engine, data, loader, config, folder, chief)
-    report(engine, data, config, folder, chief, started, time.perf_counter() - began)
+    train(engine, data, loader, config, folder, chief, requests)
+    if requests.received:
+        say_interrupted(engine, folder, requests.received, chief)
+    else:
+        report(engine, data, config, folder, chief, started, time.perf_counter() - began)
     engine.destroy()
     dist.destroy_process_group()
+    return REQUEUE if requests.received else 0
 
 
 def resume(engine: minizero.Engine, data: PreparedData, config: Config, checkpoints: Path | None) -> None:
@@ -155,9 +164,18 @@ def training_loader(engine: minizero.Engine, data: PreparedData, config: Config)
 
 
 def train(
-    engine: minizero.Engine, data: PreparedData, loader: TokenLoader, config: Config, folder: Path, chief: bool
+    engine: minizero.Engine,
+    data: PreparedData,
+    loader: TokenLoader,
+    config: Config,
+    folder: Path,
+    chief: bool,
+    requests: StopRequests,
 ) -> None:
-    """The loop: one global batch, one line of metrics, now and then a checkpoint or an evaluation."""
+    """The loop: one global batch, one line of metrics, now and then a checkpoint or an evaluation.
+
+    Ends early when its time is over, or a rank was told to stop: `requests` then says so on all of them.
+    """
     settings, batches = config.train, iter(loader)
     start, began = engine.global_steps, time.perf_counter()
     saved = start if (folder / "checkpoints").is_dir() else -1  # the step of the newest checkpoint here
@@ -165,11 +183,22 @@ def train(
     progress = Progress(settings.steps, start, time_limit=settings.time_limit) if chief else None
     if progress is not None:
         progress.__enter__()
+    pulse, busy = Pulse(engine.world, engine.device, ranks_alike(config)), None
+    limit = settings.time_limit or math.inf
     try:
-        while engine.global_steps < settings.steps and not out_of_time(engine, config, began):
-            before = time.perf_counter()
-            loss = float(engine.train_batch(islice(batches, engine.batch.accumulation)))
-            record = step_record(engine, loss, time.perf_counter() - before)
+        while engine.global_steps < settings.steps:
+            beat = pulse.beat(stop=requests.received > 0, over=time.perf_counter() - began > limit, busy=busy)
+            if chief:
+                say_slow(beat.slow, engine)
+            if beat.stop:
+                requests.received = requests.received or signal.SIGTERM
+            if beat.stop or beat.over:
+                break
+            before, waited = time.perf_counter(), engine.ledger.waited
+            loss = step(engine, loader, islice(batches, engine.batch.accumulation))
+            seconds = time.perf_counter() - before
+            busy = seconds - (engine.ledger.waited - waited)
+            record = step_record(engine, loss, seconds)
             if settings.eval_every and engine.global_steps % settings.eval_every == 0:
                 record["validation_bits_per_byte"] = bits_per_byte(engine, data, config)
             if metrics is not None and progress is not None:
@@ -185,6 +214,42 @@ def train(
     if engine.global_steps != saved:
         save(engine, data.fingerprint, folder, config)
     finish_save(engine, config)
+
+
+def step(engine: minizero.Engine, loader: TokenLoader, batches: Iterator[Batch]) -> float:
+    """One step; its loss. Raises FloatingPointError as the engine does, with the samples that were in it."""
+    number = (engine.global_samples - loader.start_sample) // loader.global_batch_size
+    try:
+        return float(engine.train_batch(batches))
+    except NonFiniteError as error:
+        samples = loader.samples(number, error.dp_rank // engine.cp_size).tolist()
+        raise FloatingPointError(f"{error} Samples of that rank in this step: {samples}") from None
+
+
+def ranks_alike(config: Config) -> list[list[int]]:
+    """Ranks that do the same work: those of one pipeline stage."""
+    parallel = config.parallel
+    dims = ParallelDims(dist.get_world_size(), tp=parallel.tp, pp=parallel.pp, cp=parallel.cp)
+    size = dims.world_size // parallel.pp
+    return [list(range(stage * size, (stage + 1) * size)) for stage in range(parallel.pp)]
+
+
+def say_slow(ranks: list[int], engine: minizero.Engine) -> None:
+    """A line about stragglers."""
+    if ranks:
+        print(
+            f"minizero: rank {ranks} computes more slowly than the others do (step {engine.global_steps}): they wait",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def say_interrupted(engine: minizero.Engine, folder: Path, received: int, chief: bool) -> None:
+    """Leave word for whoever starts jobs: this one wants to be started again."""
+    if chief:
+        name = signal.Signals(received).name
+        write_atomically(folder / INTERRUPTED, json.dumps({"step": engine.global_steps, "signal": name}))
+        print(f"minizero: stopped by {name} after step {engine.global_steps}, which is saved; the same command goes on")
 
 
 def step_record(engine: minizero.Engine, loss: float, seconds: float) -> dict:
@@ -204,15 +269,8 @@ def step_record(engine: minizero.Engine, loss: float, seconds: float) -> dict:
     }
 
 
-def out_of_time(engine: minizero.Engine, config: Config, began: float) -> bool:
-    """Whether `train.time_limit` is over; the first rank's clock decides for all."""
-    if config.train.time_limit is None:
-        return False
-    over = torch.tensor([float(time.perf_counter() - began > config.train.time_limit)], device=engine.device)
-    return bool(engine.world.gather_rows(over, "time limit")[0, 0])
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)
-    faulthandler.register(signal.SIGUSR1)  # `kill -USR1` a rank that seems to hang: it prints where it is
-    sys.exit(main())
+    faulthandler.register(signal.SIGUSR2)  # `kill -USR2` a rank that seems to hang: it prints where it is
+    asked = StopRequests()
+    asked.listen(signal.SIGTERM, signal.SIGUSR1)  # a scheduler's warning is either
+    sys.exit(main(requests=asked))

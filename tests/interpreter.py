@@ -130,9 +130,12 @@ class Number(float):
 
 
 def cure() -> None:
-    """Put everything in place; the first call in a process does."""
+    """Put everything in place; the first call in a process does. Then minizero's kernels take bf16 and fp8, too."""
     if Builder.create_dot is dot:
         return
+    from minizero.kernels import backend
+
+    backend.CURED = True
     Builder.cast_impl = cast
     Builder.create_fp_to_fp = cast_float
     Builder.create_dot = dot

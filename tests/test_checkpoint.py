@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from unittest import mock
 
 import pytest
@@ -15,8 +16,7 @@ from training import micro_batches, settings, whole_weights
 
 import minizero
 from minizero.checkpoint import CheckpointError
-from minizero.checkpoint.files import manifest_bytes, read_manifest
-from minizero.checkpoint.state import check_complete
+from minizero.checkpoint.manifest import FileFacts, Manifest, ParameterFacts, framed
 from minizero.optim.build import ELEMENT_WISE
 
 SCHEDULE = {"type": "WarmupDecayLR", "params": {"total_num_steps": 20, "warmup_num_steps": 3, "warmup_max_lr": 3e-3}}
@@ -57,6 +57,25 @@ def test_resume_is_bitwise_the_same_run(tmp_path, stage, world, precision):
         assert found == expected and same
 
 
+def scales(folder: str) -> list[tuple[float, dict]]:
+    scale = {"initial_power": 6, "window": 2}
+    straight, resumed = (
+        minizero.initialize(model=make("toy"), config=settings(1, 2, precision="fp16", loss_scale=scale))[0]
+        for _ in range(2)
+    )
+    run(straight, 0, 5)
+    straight.save_checkpoint(folder)
+    resumed.load_checkpoint(folder)
+    run(straight, 5, 8)
+    run(resumed, 5, 8)
+    return [(engine.loss_scale, engine.optimizer.scaler.state_dict()) for engine in (straight, resumed)]
+
+
+def test_the_loss_scale_comes_back(tmp_path):
+    for straight, resumed in run_distributed(scales, 2, str(tmp_path)):
+        assert straight == resumed and straight[0] > 2.0**7
+
+
 def save_twice(folder: str) -> None:
     engine = build(3)
     run(engine, 0, 1)
@@ -89,9 +108,9 @@ def test_damage_is_found_before_use_and_named(tmp_path, damage):
     elif damage == "manifest":
         (folder / "manifest.json").write_text("{")
     else:
-        manifest = read_manifest(folder)
+        manifest = json.loads((folder / "manifest.json").read_text())["manifest"]
         manifest["files"][1]["file"] = "../elsewhere"
-        (folder / "manifest.json").write_bytes(manifest_bytes(manifest))
+        (folder / "manifest.json").write_bytes(framed(json.dumps(manifest).encode()))
     with pytest.raises(DistributedError) as caught:
         run_distributed(load_only, 2, str(tmp_path))
     wanted = "manifest.json" if damage in ("manifest", "escape") else "rank00001.safetensors"
@@ -190,18 +209,19 @@ def test_ranks_must_agree_on_the_tag(tmp_path):
 
 
 def test_missing_elements_are_found():
-    shapes = {"w": {"shape": [2, 3]}}
-    boxes = [["master", "w", [[0, 1], [0, 3]]], ["master", "w", [[1, 2], [0, 3]]]]
+    shapes = {"w": ParameterFacts(shape=(2, 3))}
+    boxes = [("master", "w", ((0, 1), (0, 3))), ("master", "w", ((1, 2), (0, 3)))]
 
     def manifest(*held):
-        return {"parameters": shapes, "files": [{"file": f"rank{r}", "boxes": [box]} for r, box in enumerate(held)]}
+        files = tuple(FileFacts(file=f"rank{r}", bytes=0, boxes=(box,)) for r, box in enumerate(held))
+        return Manifest.model_construct(parameters=shapes, buffers={}, files=files)
 
-    check_complete(manifest(*boxes))
-    for bad in (boxes[:1], boxes[1:], [*boxes, boxes[0]], [*boxes, ["exp_avg", *boxes[0][1:]]], []):
+    manifest(*boxes).check_complete()
+    for bad in (boxes[:1], boxes[1:], [*boxes, boxes[0]], [*boxes, ("exp_avg", *boxes[0][1:])], []):
         with pytest.raises(CheckpointError, match="of w"):
-            check_complete(manifest(*bad))
+            manifest(*bad).check_complete()
     with pytest.raises(CheckpointError, match="of v is held, which is no parameter"):
-        check_complete(manifest(*boxes, ["master", "v", [[0, 1]]]))
+        manifest(*boxes, ("master", "v", ((0, 1),))).check_complete()
 
 
 def export_in_vain(folder: str) -> None:

@@ -23,7 +23,7 @@ import minizero
 from minizero.config.schema import ModelConfig
 from minizero.models import build
 
-BATCH, LENGTH, BEFORE, AFTER = 12, 8, 2, 5
+BATCH, LENGTH, BEFORE, AFTER = 12, 8, 3, 5  # the schedule begins with two steps at 0
 
 
 @dataclass(frozen=True)

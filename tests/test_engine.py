@@ -227,19 +227,27 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(stage):
 
 
 def nan_loss() -> None:
-    engine, *_ = minizero.initialize(model=make("toy"), config=settings(2, 2))
+    engine, *_ = minizero.initialize(model=make("toy"), config=settings(2, 2, train={"max_skipped_steps": 2}))
     tokens, labels = batches(1)[0]
-    loss = engine(tokens, labels)
-    engine.backward(loss * float("nan") if dist.get_rank() == 1 else loss)
-    engine.step()
+    before = whole_weights(engine.module)
+    for step in range(4):
+        loss = engine(tokens, labels)
+        engine.backward(loss * float("nan") if dist.get_rank() == 1 and step != 1 else loss)
+        if step == 3:
+            assert engine.skipped_steps == 2 and engine.global_steps == 3
+        engine.step()
+        after = whole_weights(engine.module)
+        assert engine.was_step_applied() == (step == 1)
+        assert all(torch.equal(before[name], after[name]) for name in before) == (step != 1)
+        before = after
 
 
-def test_nan_loss_stops_every_rank_naming_the_culprit():
+def test_nan_losses_are_skipped_on_every_rank_then_name_the_culprit():
     with pytest.raises(DistributedError) as caught:
         run_distributed(nan_loss, 2)
     assert len(caught.value.failures) == 2
     for text in caught.value.failures.values():
-        assert re.search(r"loss is nan on data-parallel rank \[1\]", text)
+        assert re.search(r"2 steps in a row: the loss is nan on data-parallel rank \[1\]; first such unit", text)
 
 
 class BadUnit(nn.Module):
@@ -266,7 +274,7 @@ def infinite_gradients() -> None:
 
 
 def test_gradients_that_stay_infinite_name_the_unit():
-    with pytest.raises(DistributedError, match=r"not finite 3 steps in a row; first such unit: blocks\.1"):
+    with pytest.raises(DistributedError, match=r"not finite 3 steps in a row: first such unit: blocks\.1, on"):
         run_distributed(infinite_gradients, 2)
 
 
@@ -407,7 +415,7 @@ def test_a_unit_used_more_often_on_one_rank_is_named():
     with pytest.raises(DistributedError, match=r"all_gather of blocks\.\d \(forward, axis dp, #\d+\) failed") as caught:
         run_distributed(train_unevenly, 2, False)
     for rank in (0, 1):  # each is told where the other one is
-        assert re.search(rf"  rank {1 - rank} waits for \w+ of [\w. ]+\(", caught.value.failures[rank])
+        assert re.search(rf"  rank {1 - rank} in step 0 waits for \w+ of [\w. ]+\(", caught.value.failures[rank])
 
 
 def different_settings() -> None:

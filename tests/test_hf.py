@@ -502,6 +502,9 @@ def test_a_run_goes_out_with_its_tokenizer(tmp_path, place, capsys):
     assert theirs.model_max_length == model.config.max_position_embeddings == 15
     assert len(theirs) == ours.vocab_size == model.config.vocab_size
     assert model.generation_config.eos_token_id == model.config.eos_token_id == ours.separator_id
+    again = tmp_path / "again"
+    assert cli.main(["checkpoint", "export", str(place / "run" / "checkpoints"), str(again), "--dtype", "bf16"]) == 0
+    assert same(tensors_of(again), {name: value.bfloat16() for name, value in tensors_of(out).items()})
 
 
 def test_the_tokenizer_of_a_models_folder_goes_with_it(tmp_path, place):
@@ -533,7 +536,7 @@ def refusals(place: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     tokenizer = ["--tokenizer", str(place / "run" / "tokenizer.json")]
     return {
         "damage": ([str(damaged), out], r"rank00000.safetensors is damaged: xxh3_128 is"),
-        "no checkpoint": ([str(tmp_path), out], r"is no checkpoint, and no folder of a run or of checkpoints"),
+        "no checkpoint": ([str(tmp_path), out], r"is not a checkpoint: it has no manifest.json"),
         "a full folder": ([run, str(full)], r"full exists; legal: a folder that does not, or an empty one"),
         "a size": (
             [run, out, "--max-shard-size", "5 apples"],

@@ -272,6 +272,17 @@ def test_the_result_lies_as_the_next_projection_wants_it():
     assert out.transpose(1, 2).is_contiguous()
 
 
+def test_results_may_be_written_over_and_backward_says_that_it_needs_them():
+    for number in range(2):
+        leaves = [x.requires_grad_() for x in inputs(1, 2, 1, 9, 9, 14)]
+        results = flash_attention(*leaves, backend="triton")
+        plain = results[number].detach().clone()
+        results[number].mul_(3.0)
+        assert torch.equal(results[number], 3 * plain)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            results[number].sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_lies_around_is_not_looked_at(dtype):
     """The tensors are islands in nan: a missing mask of rows or of columns would let it in."""
@@ -546,11 +557,11 @@ DEFECTS: dict[str, tuple[tuple[str, str], Callable[[ModuleType], None]]] = {
         plainly,
     ),
     "a window is one too short": (
-        ("(place_1T + 1 - window)", "(place_1T + 2 - window)"),
+        ("(place_1T + 1 - min", "(place_1T + 2 - min"),
         lambda m: checked(m, (1, 2, 1, 40, 40, 16), torch.bfloat16, window=9),
     ),
     "positions count from the first key": (
-        ("torch.arange(keys - queries, keys, device=device)", "torch.arange(queries, device=device)"),
+        ("torch.arange(keys - queries, keys, dtype", "torch.arange(queries, dtype"),
         lambda m: checked(m, (1, 2, 1, 17, 40, 16), torch.bfloat16),
     ),
     "blocks with something hidden are taken without looking": (

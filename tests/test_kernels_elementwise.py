@@ -14,6 +14,7 @@ from kernel_checks import (
     STRIDE,
     Op,
     beyond_int32,
+    close,
     compiles,
     error,
     every_dtype,
@@ -294,6 +295,48 @@ def test_weights_in_fp32_for_rows_in_16_bits():
     assert error(found[3], exact[3]) < 5e-7
 
 
+@pytest.mark.parametrize("name", ["layer_norm", "layer_norm without bias", "layer_norm_gelu"])
+@pytest.mark.parametrize(
+    ("of_rows", "of_vectors"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)],
+    ids=str,
+)
+def test_vectors_may_be_of_other_dtypes_than_rows(name, of_rows, of_vectors):
+    """In both backends, and what comes out is of the dtype of the rows."""
+    case = CASES[name]
+    given = [x.to(of_vectors if number else of_rows) for number, x in enumerate(inputs(case, 5, 100))]
+
+    def everything(compute: torch.dtype | None, backend: str) -> list[Tensor]:
+        leaves = [x.to(compute or x.dtype).clone().requires_grad_() for x in given]
+        y = case.op(*leaves, backend=backend)
+        return [y, *torch.autograd.grad(y, leaves, randn(5, 100, seed=3).to(of_rows).to(y.dtype))]
+
+    exact, eager, found = (everything(*each) for each in ((torch.float64, "torch"), (None, "torch"), (None, "triton")))
+    assert [x.dtype for x in found] == [x.dtype for x in eager] == [of_rows, *(x.dtype for x in given)]
+    for number, (ours, theirs, true) in enumerate(zip(found, eager, exact, strict=True)):
+        close(ours.detach(), true.detach(), theirs.detach(), f"result {number}")
+
+
+@every_case
+def test_results_may_be_written_over(name):
+    """As torch's may: what follows is a function of what was written."""
+    case = CASES[name]
+
+    def op(*given: Tensor, **options: Any) -> Tensor:
+        y = case.op(*given, **options)
+        return (y[0] if isinstance(y, tuple) else y).mul_(3.0)
+
+    parity(op, inputs(case, 5, 33), torch.float32)
+
+
+def test_a_sum_that_backward_needs_may_not_be_written_over():
+    x, residual, weight = (each.requires_grad_() for each in inputs(CASES["add_rms_norm"], 5, 33))
+    y, total = add_rms_norm(x, residual, weight, backend="triton")
+    total.mul_(3.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("columns", [333, WIDE])
 def test_what_is_normed_is_the_sum_that_goes_on(columns):
     """Rounded to 16 bits, not as it was before that: backward has nothing but the rounded one."""
@@ -460,8 +503,6 @@ def test_rope_in_place_writes_over_its_inputs(dtype):
 def test_rope_in_place_where_autograd_or_strides_forbid_it():
     q, k, angle = randn(1, 2, 3, 4), randn(1, 2, 3, 4), angles(1, 3, 2)
     over = rounded_rope(torch.float32, angle, in_place=True)
-    with pytest.raises(RuntimeError, match="leaf"):
-        over(q.clone().requires_grad_(), k.clone(), backend="triton")
     with pytest.raises(ValueError, match="rope: in place, the last dim must be contiguous"):
         over(q.transpose(2, 3).contiguous().transpose(2, 3), k, backend="triton")
     whole = (q.clone().requires_grad_() * 1, k.clone())
@@ -469,6 +510,34 @@ def test_rope_in_place_where_autograd_or_strides_forbid_it():
     over(*whole, backend="triton")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         left.backward()
+
+
+REFUSED_IN_PLACE: dict[str, tuple[Callable[[Tensor], Tensor], type[Exception], str]] = {
+    "a leaf that requires grad": (lambda x: x.clone().requires_grad_(), RuntimeError, "cannot follow {}: it is a"),
+    "a view of such a leaf": (lambda x: x.clone().requires_grad_().flatten().view(x.shape), RuntimeError, "follow {}"),
+    "a view in a graph": (lambda x: (x.clone().requires_grad_() * 1)[:], RuntimeError, "follow {}"),
+    "one head expanded": (lambda x: x[:, :1].clone().expand(x.shape), ValueError, "elements of {} share memory"),
+    "heads that overlap": (lambda x: x.flatten().as_strided(x.shape, (24, 3, 4, 1)), ValueError, "elements of {}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+@pytest.mark.parametrize("which", ["q", "k"])
+@pytest.mark.parametrize("what", REFUSED_IN_PLACE)
+def test_rope_in_place_is_refused_before_anything_is_written(what, which, name):
+    view, raised, message = REFUSED_IN_PLACE[what]
+    given = {each: randn(1, 2, 3, 4, seed=seed) for seed, each in enumerate("qk")}
+    given[which] = view(given[which])
+    before = [x.detach().clone() for x in given.values()]
+    over = rounded_rope(torch.float32, angles(1, 3, 2), in_place=True)
+    with pytest.raises(raised, match=f"rope: in place, .*{message.format(which)}"):
+        over(*given.values(), backend=name)
+    for x, old in zip(given.values(), before, strict=True):
+        assert torch.equal(x.detach(), old)
+    if raised is RuntimeError:  # without a graph there is nothing to follow
+        with torch.no_grad():
+            over(*given.values(), backend=name)
+        assert not torch.equal(given[which].detach(), before["qk".index(which)])
 
 
 def test_rope_of_nothing():
@@ -600,6 +669,8 @@ for op in (
     lambda x: bias_gelu(x, weight, backend="triton"),
     lambda x: rope(x[:, None, None], x[:, None, None], weight[None, None, None, :50], weight[None, None, None, :50],
                    backend="triton")[0],
+    lambda x: rope(x[None, :, None], x[None, :, None], weight[None, None, None, :50], weight[None, None, None, :50],
+                   backend="triton")[0],
 ):
     results = []
     for x in far(100):
@@ -607,6 +678,12 @@ for op in (
         y = op(x)
         results.append((y, *torch.autograd.grad(y, x, x.detach().reshape(y.shape))))
     same(*results)
+def heads(module, x):
+    angle = weight[None, None, None, :50]
+    return module.rope(x[None, :100, None, :100], x[None, :100, None, :100], angle, angle, backend="triton")[0]
+
+import minizero.kernels.rope
+ours = sys.modules["minizero.kernels.rope"]
 rows, near = far(16400)
 weight = torch.ones(16400, dtype=bf16)
 same([rms_norm(rows, weight, backend="triton")], [rms_norm(near, weight, backend="triton")])
@@ -631,6 +708,8 @@ def test_offsets_beyond_int32(tmp_path):
         for name, calls in BROKEN_CALLS.items()
         for call in calls
     ]
+    heads = '(":, None].to(tl.int64)", ":, None]")'
+    broken.append(f'module = planted(folder, "rope", {heads})\nsame([heads(module, rows)], [heads(ours, near)])')
     beyond_int32(tmp_path, GOOD, broken)
 
 

@@ -160,6 +160,32 @@ def test_a_scale_multiplies_the_gradient_in_fp32(name, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("name", ["triton", "torch"])
+def test_what_is_written_is_told_to_autograd(name):
+    """Whoever saved it for backward is told that it is gone."""
+    master, m, v, t, parameter = randn(9), torch.zeros(9), torch.zeros(9), torch.zeros(()), torch.zeros(9).bfloat16()
+    grad, bucket = randn(9, seed=1), torch.zeros(20)
+    written, before = (master, m, v, t, parameter, bucket), grad.clone()
+    versions = [x._version for x in written]
+    adamw_step(master, m, v, grad, t, lr=0.1, parameter=parameter, backend=name)
+    cast_and_pack([grad], bucket, backend=name)
+    assert all(x._version > version for x, version in zip(written, versions, strict=True))
+    assert grad._version == 0 and torch.equal(grad, before)
+    factor = torch.ones(20, requires_grad=True)
+    product = (factor * bucket).sum()
+    cast_and_pack([grad], bucket, backend=name)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+def test_a_learning_rate_may_be_a_tensor(name):
+    options = dict(weight_decay=0.1, eps=1e-3)
+    plain = step_through(kernels, name, 99, gradients(99, 2), torch.float32, lr=0.125, **options)
+    found = step_through(kernels, name, 99, gradients(99, 2), torch.float32, lr=torch.tensor(0.125), **options)
+    assert all(map(torch.equal, plain, found))
+
+
 def corrects_for_steps(module: Any) -> None:
     """1 - β^t is exact when it is small, in the first steps, and 1 when it is not. What a step adds is all there is."""
     for start in (0, 1, 10, 1000, 1_000_000):
@@ -500,6 +526,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: adamw_step(P, P, P, torch.zeros(8)[::2], T, lr=0.1), r"grad is .* stride \(2,\); legal: contiguous"
     ),
     "a parameter of another size": (lambda: adamw_step(P, P, P, P, T, lr=0.1, parameter=P[:1]), "parameter is"),
+    "steps of one dim": (lambda: adamw_step(P, P, P, P, T[None], lr=0.1), r"step is \(1,\) torch.float32 on cpu"),
+    "steps in 16 bits": (lambda: adamw_step(P, P, P, P, T.half(), lr=0.1), r"step is \(\) torch.float16 on cpu; legal"),
+    "steps elsewhere": (lambda: adamw_step(P, P, P, P, T.to("meta"), lr=0.1), "step is .* on meta; legal: .*, on cpu"),
+    "a scale of one dim": (lambda: adamw_step(P, P, P, P, T, lr=0.1, scale=T[None]), r"scale is \(1,\)"),
+    "a scale of integers": (lambda: adamw_step(P, P, P, P, T, lr=0.1, scale=T.int()), r"scale is \(\) torch.int32"),
+    "a scale elsewhere": (lambda: adamw_step(P, P, P, P, T, lr=0.1, scale=T.to("meta")), "scale is .* on meta"),
+    "many skips": (lambda: adamw_step(P, P, P, P, T, lr=0.1, skip=P.bool()), r"skip is \(4,\) torch.bool"),
+    "a skip that is a number": (lambda: adamw_step(P, P, P, P, T, lr=0.1, skip=T), "skip is .*legal: no dims, torch"),
+    "a skip elsewhere": (lambda: adamw_step(P, P, P, P, T, lr=0.1, skip=T.bool().to("meta")), "skip is .* on meta"),
     "no tensors": (lambda: grad_norm([]), "grad_norm: tensors are none; legal: at least one"),
     "two dtypes": (lambda: grad_norm([P, P.half()]), "torch.float16 on cpu, torch.float32 on cpu"),
     "integers": (lambda: grad_norm([P.int()]), "grad_norm: tensors are torch.int32 on cpu; legal"),

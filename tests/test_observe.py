@@ -7,6 +7,9 @@ import io
 import json
 import lzma
 import math
+import os
+import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,7 @@ from minizero.observe import (
 )
 from minizero.observe.figures import smooth
 from minizero.observe.progress import format_duration
+from minizero.observe.pulse import StopRequests, Stragglers
 
 
 def write_steps(path: Path, steps: range, last_step: int = 0, loss: float = 1.0) -> None:
@@ -200,3 +204,38 @@ def test_the_summary_ranks_the_model_and_keeps_commands_whole() -> None:
     assert text.index("xz -9") < text.index("this model") < text.index("gzip -9")
     for part in ("1.600", "20,000", "14.0 MB", "28.0 MB", "import os", "[bold]not markup[/bold]", command):
         assert part in text
+
+
+# ---- stragglers ----
+
+
+def test_a_slow_rank_is_found_and_noise_is_not():
+    noise, slow = random.Random(0), Stragglers([[0, 1, 2, 3]])
+    assert not any(slow.add([0.1 * noise.uniform(1, 2) for _ in range(4)]) for _ in range(1000))
+    found = [slow.add([0.1 * noise.uniform(1, 2) + 0.2 * (rank == 2) for rank in range(4)]) for _ in range(20)]
+    assert [2] in found and sum(map(len, found)) == 1  # said once
+    assert not any(slow.add([0.1] * 4) for _ in range(20))
+    assert [1] in [slow.add([0.1, 0.3, 0.1, 0.1]) for _ in range(20)]
+
+
+def test_ranks_with_other_work_are_not_compared():
+    slow = Stragglers([[0, 1], [2, 3], [4]])
+    assert not any(slow.add([0.1, 0.1, 0.5, 0.5, 9.0]) for _ in range(30))
+    assert [3] in [slow.add([0.1, 0.1, 0.5, 0.9, 9.0]) for _ in range(20)]
+
+
+def test_a_signal_is_kept_for_the_loop_and_not_for_children():
+    before = signal.getsignal(signal.SIGUSR1)
+    requests = StopRequests()
+    try:
+        requests.listen(signal.SIGUSR1)
+        child = os.fork()
+        if child == 0:  # as a loader's worker: it lives on
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os._exit(7 if requests.received == 0 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert requests.received == 0
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert requests.received == signal.SIGUSR1
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -19,6 +19,7 @@ from harness import run_distributed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minizero import train
+from minizero.checkpoint.inspect import listing
 
 ROOT = Path(__file__).parents[1]
 TINY = """
@@ -156,11 +157,15 @@ def test_a_changed_config_and_an_interrupted_run(place):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=60)
-    assert process.returncode != 0 and "the same command continues" in text
+    assert process.returncode != 0
+    said = json.loads((place / "killed" / "interrupted.json").read_text())
+    assert said["signal"] == "SIGTERM" and f"stopped by SIGTERM after step {said['step']}, which is saved" in text
+    assert len(losses(place / "killed")) == said["step"] == listing(place / "killed")[0]["step"]
     limits = ("--train.steps", "400", "--train.time_limit", "1")
     assert without_launcher(place, 2, "--run.dir", "killed", *limits)[0][0] == 0
     steps = [json.loads(line)["step"] for line in (place / "killed" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, len(steps) + 1))  # none lost, none twice
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > said["step"]  # none lost, none twice
+    assert not (place / "killed" / "interrupted.json").exists()
 
 
 def test_a_verbose_run_in_json_then_other_data(place):

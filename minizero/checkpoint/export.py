@@ -20,16 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minizero.checkpoint.files import (
-    MANIFEST,
-    CheckpointError,
-    check_presence,
-    move_into_place,
-    read_manifest,
-    write_synced,
-)
-from minizero.checkpoint.load import Reader, check_content, find_checkpoint
-from minizero.checkpoint.state import check_complete, key_of
+from minizero.checkpoint.files import move_into_place, write_synced
+from minizero.checkpoint.inspect import resolve, verify
+from minizero.checkpoint.load import Reader
+from minizero.checkpoint.manifest import BufferFacts, Manifest
+from minizero.checkpoint.state import key_of
 from minizero.checkpoint.tensor_file import Entry, write_tensors
 from minizero.checkpoint.weights import INDEX, WHOLE
 from minizero.data.tokenizer import Tokenizer
@@ -76,11 +71,11 @@ def export_hf(
     limit = size_in_bytes(max_shard_size)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists; legal: a folder that does not, or an empty one")
-    path = checkpoint_at(checkpoint)
-    manifest = verified(path)
-    config = manifest.get("model")
+    path = resolve(checkpoint)
+    manifest = verify(path)
+    config = manifest.model
     origin = (config or {}).pop("_name_or_path", None)  # of the machine that trained, and nobody else's business
-    precision = manifest["layout"]["precision"] if dtype is None else dtype
+    precision = manifest.layout.precision if dtype is None else dtype
     source = tokenizer or known_tokenizer(path, origin)
     temporary = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir(parents=True)
@@ -99,42 +94,15 @@ def export_hf(
     return lines
 
 
-# ---- the checkpoint ----
-
-
-def checkpoint_at(path: Path) -> Path:
-    """The checkpoint that `path` is, or the latest in it, as in a run's folder. Raises CheckpointError for others."""
-    if (path / MANIFEST).is_file():
-        return path
-    for folder in (path, path / "checkpoints"):
-        if (found := find_checkpoint(folder, None)) is not None:
-            return found
-    raise CheckpointError(f"{path} is no checkpoint, and no folder of a run or of checkpoints")
-
-
-def verified(path: Path) -> dict[str, Any]:
-    """The manifest of `path`, once every byte of the folder is seen to be as it was written."""
-    manifest = read_manifest(path)
-    check_complete(manifest)
-    check_presence(path, manifest)
-    for file in manifest["files"]:
-        check_content(path, file)
-    return manifest
-
-
 # ---- weights ----
 
 
-def write_weights(folder: Path, path: Path, manifest: dict[str, Any], dtype: torch.dtype, limit: int) -> str:
+def write_weights(folder: Path, path: Path, manifest: Manifest, dtype: torch.dtype, limit: int) -> str:
     """Write parameters, tied ones once, and persistent buffers, floating ones as `dtype`; returns a line on them."""
     with Reader(path, manifest) as reader:
-        entries = [
-            parameter_entry(reader, name, facts["shape"], dtype) for name, facts in manifest["parameters"].items()
-        ]
+        entries = [parameter_entry(reader, name, facts.shape, dtype) for name, facts in manifest.parameters.items()]
         entries += [
-            buffer_entry(reader, name, facts, dtype)
-            for name, facts in manifest["buffers"].items()
-            if facts.get("persistent", True)
+            buffer_entry(reader, name, facts, dtype) for name, facts in manifest.buffers.items() if facts.persistent
         ]
         shards = split(entries, limit)
         total = sum(entry.values.nbytes for entry in entries)
@@ -163,9 +131,9 @@ def parameter_entry(reader: Reader, name: str, shape: Sequence[int], dtype: torc
     return Entry(name, torch.empty(tuple(shape), dtype=dtype, device="meta"), make)
 
 
-def buffer_entry(reader: Reader, name: str, facts: dict[str, Any], dtype: torch.dtype) -> Entry:
+def buffer_entry(reader: Reader, name: str, facts: BufferFacts, dtype: torch.dtype) -> Entry:
     """A buffer, which one file has whole."""
-    file, key = reader.file(facts["file"]), f"buffer/{name}"
+    file, key = reader.file(facts.file), f"buffer/{name}"
     dtype = cast(file.dtype(key), dtype)
     like = torch.empty(file.shape(key), dtype=dtype, device="meta")
     return Entry(name, like, lambda: file.read(key).to(dtype))

@@ -16,24 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minizero.checkpoint.files import (
-    LATEST,
-    MANIFEST,
-    CheckpointError,
-    check_presence,
-    older_whole,
-    read_manifest,
-)
-from minizero.checkpoint.state import (
-    DEGREES,
-    TrainingState,
-    boxes_in,
-    check_complete,
-    everyone,
-    file_name,
-    key_of,
-)
-from minizero.checkpoint.tensor_file import HASHES, TensorFile, hash_file
+from minizero.checkpoint.files import LATEST, MANIFEST, CheckpointError, check_presence, steps_in
+from minizero.checkpoint.manifest import FileFacts, Manifest, Scalar, read_manifest
+from minizero.checkpoint.state import TrainingState, everyone, file_name, key_of
+from minizero.checkpoint.tensor_file import Place, TensorFile, hash_file
 from minizero.dist.boxes import Box, inside, overlap, part_of, pieces
 from minizero.utils.warnings import warn_once
 
@@ -46,8 +32,8 @@ def load_state(
     optimizer: bool,
     scheduler: bool,
     allow_fallback: bool = False,
-) -> tuple[Path | None, dict[str, Any]]:
-    """(path, manifest) of the checkpoint, its values in place; (None, {}) when there is none.
+) -> tuple[Path | None, Manifest | None]:
+    """(path, manifest) of the checkpoint, its values in place; (None, None) when there is none.
 
     Collective. Raises CheckpointError on every rank, with nothing changed, when the checkpoint is damaged or does not
     fit; it names the newest one that looks whole, which is taken instead only with `allow_fallback`.
@@ -69,16 +55,10 @@ def load_state(
                 warn_once(f"{error}. Falling back to {other}")
             path = other
     if path is None:
-        return None, {}
+        return None, None
     with Reader(path, manifest) as reader:
         everyone(state.world, state.runtime.device, lambda: read_values(state, reader, manifest, optimizer=optimizer))
-    if optimizer:
-        state.optimizer.scaler.load_state_dict(manifest["scaler"])
-        for group, saved in zip(state.optimizer.param_groups, manifest["param_groups"], strict=True):
-            group.update({key: tuple(v) if isinstance(v, list) else v for key, v in saved.items()})
-        state.optimizer.overflow = False
-    if scheduler and state.scheduler is not None and manifest["scheduler"] is not None:
-        state.scheduler.load_state_dict(manifest["scheduler"])
+    everyone(state.world, state.runtime.device, lambda: read_options(state, manifest, optimizer, scheduler))
     return path, manifest
 
 
@@ -100,10 +80,25 @@ def find_checkpoint(folder: Path, tag: str | None) -> Path | None:
     return folder / latest.read_text().strip() if latest.is_file() else None
 
 
+def older_whole(path: Path) -> Path | None:
+    """The newest checkpoint before `path`, in the same folder, of which the manifest and the files' sizes are right."""
+    steps = steps_in(path.parent)
+    of_path = next((step for step, other in steps if other == path), None)
+    for step, other in steps:
+        if other != path and (of_path is None or step < of_path):
+            try:
+                manifest = read_manifest(other)
+                check_presence(other, {file.file: file.bytes for file in manifest.files})
+            except CheckpointError:
+                continue
+            return other
+    return None
+
+
 # ---- whether it may be used ----
 
 
-def verified(state: TrainingState, path: Path, *, optimizer: bool) -> dict[str, Any]:
+def verified(state: TrainingState, path: Path, *, optimizer: bool) -> Manifest:
     """The manifest of `path`, once every file is seen to be what it says, and to fit; collective.
 
     Raises CheckpointError on every rank.
@@ -113,10 +108,10 @@ def verified(state: TrainingState, path: Path, *, optimizer: bool) -> dict[str, 
         manifest = read_manifest(path)
         check_fit(state, path, manifest, optimizer=optimizer)
         if state.world.rank == 0:
-            check_presence(path, manifest)
-        for file in manifest["files"][state.world.rank :: state.world.size]:
+            check_presence(path, {file.file: file.bytes for file in manifest.files})
+        for file in manifest.files[state.world.rank :: state.world.size]:
             check_content(path, file)
-        return json.dumps([[f["file"], *(f[key] for key in HASHES if key in f)] for f in manifest["files"]])
+        return json.dumps([[file.file, *file.checksum] for file in manifest.files])
 
     seen = everyone(state.world, state.runtime.device, check)
     if len(set(seen)) > 1:
@@ -124,33 +119,30 @@ def verified(state: TrainingState, path: Path, *, optimizer: bool) -> dict[str, 
     return read_manifest(path)
 
 
-def check_content(folder: Path, facts: dict[str, Any]) -> None:
+def check_content(folder: Path, facts: FileFacts) -> None:
     """Raise CheckpointError unless the file has the checksum that the manifest has of it."""
-    checksum = next((key for key in HASHES if key in facts), None)
-    if checksum is None:
-        raise CheckpointError(f"{folder / MANIFEST} has no checksum of {facts['file']}; legal: {', '.join(HASHES)}")
-    path = folder / facts["file"]
+    name, wanted = facts.checksum
+    path = folder / facts.file
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
-    found = hash_file(path, checksum)
-    if found != facts[checksum]:
-        raise CheckpointError(f"{path} is damaged: {checksum} is {found}, the manifest says {facts[checksum]}")
+    if (found := hash_file(path, name)) != wanted:
+        raise CheckpointError(f"{path} is damaged: {name} is {found}, the manifest says {wanted}")
 
 
-def check_fit(state: TrainingState, path: Path, manifest: dict[str, Any], *, optimizer: bool) -> None:
+def check_fit(state: TrainingState, path: Path, manifest: Manifest, *, optimizer: bool) -> None:
     """Raise CheckpointError when the checkpoint is incomplete, or of another model or optimizer."""
-    check_complete(manifest)
+    manifest.check_complete()
     ours = state.optimizer.rule
-    if optimizer and manifest["optimizer"] != ours:
-        raise CheckpointError(f"{path} holds the state of {manifest['optimizer']}, this run has {ours}")
-    groups = len(manifest["param_groups"]), len(state.optimizer.param_groups)
+    if optimizer and manifest.optimizer != ours:
+        raise CheckpointError(f"{path} holds the state of {manifest.optimizer}, this run has {ours}")
+    groups = len(manifest.param_groups), len(state.optimizer.param_groups)
     if optimizer and groups[0] != groups[1]:
         raise CheckpointError(f"{path} has {groups[0]} param groups, this run has {groups[1]}")
     pipelined = state.runtime.pipeline is not None  # then other ranks have what this one has not
-    held = {name: tuple(facts["shape"]) for name, facts in manifest["parameters"].items()}
+    held = {name: facts.shape for name, facts in manifest.parameters.items()}
     wanted = {name: shard.shape for name, shard in state.shards().items()}
     check_same_shapes(path, "parameter", held, wanted, partial=pipelined)
-    buffers = {name: tuple(facts["shape"]) for name, facts in manifest["buffers"].items()}
+    buffers = {name: facts.shape for name, facts in manifest.buffers.items()}
     own = {name: tuple(buffer.shape) for name, buffer in state.module.named_buffers()}
     check_same_shapes(path, "buffer", buffers, own, partial=pipelined)
 
@@ -176,10 +168,9 @@ def check_same_shapes(
 class Reader:
     """Reads any box of any saved tensor, from whichever files hold it; those stay open until it is closed."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
-        self.boxes = boxes_in(manifest)
-        self._names = {file["file"] for file in manifest["files"]}
+        self.boxes = manifest.boxes()
         self._open: dict[str, TensorFile] = {}
 
     def __enter__(self) -> Reader:
@@ -190,12 +181,14 @@ class Reader:
             file.close()
 
     def file(self, name: str) -> TensorFile:
-        """The file `name` of the folder. Raises CheckpointError when the manifest does not list it."""
-        if name not in self._names:
-            raise CheckpointError(f"{self.folder / MANIFEST} says that {name!r} has a tensor, and does not list it")
+        """The file `name` of the folder."""
         if name not in self._open:
             self._open[name] = TensorFile(self.folder / name)
         return self._open[name]
+
+    def place(self, kind: str, name: str, box: Box, file: str) -> Place:
+        """Where `file` has `box` of `kind` of parameter `name`."""
+        return self.file(file).known(key_of(kind, name, box))
 
     def kinds_of(self, name: str) -> list[str]:
         """The optimizer's state tensors that were saved for parameter `name`."""
@@ -210,16 +203,15 @@ class Reader:
 
 
 @torch.no_grad()
-def read_values(state: TrainingState, reader: Reader, manifest: dict[str, Any], *, optimizer: bool) -> None:
+def read_values(state: TrainingState, reader: Reader, manifest: Manifest, *, optimizer: bool) -> None:
     """Fill masters, optimizer state, frozen parameters, buffers and random state."""
     for piece, name, _, boxes, start in state.updated():
         tensors: dict[str, Tensor] = {"master": piece.detach()}
         if optimizer:
             slot: dict[str, Any] = state.optimizer.state[piece]
             slot.clear()
-            for key, kept in manifest["parameters"][name].get("scalars", {}).items():
-                is_tensor = isinstance(kept, dict)
-                slot[key] = torch.tensor(kept["value"], dtype=getattr(torch, kept["dtype"])) if is_tensor else kept
+            for key, kept in manifest.parameters[name].scalars.items():
+                slot[key] = kept.tensor() if isinstance(kept, Scalar) else kept
             for kind in reader.kinds_of(name):
                 slot[kind] = tensors[kind] = torch.empty_like(piece.detach())
         for kind, flat in tensors.items():
@@ -232,7 +224,7 @@ def read_values(state: TrainingState, reader: Reader, manifest: dict[str, Any], 
                 reader.fill(box.within(values, start), "master", name, box.box)
             group.load_range(index, start, values)
     for name, buffer in state.module.named_buffers():
-        buffer.copy_(reader.file(manifest["buffers"][name]["file"]).read(f"buffer/{name}"))
+        buffer.copy_(reader.file(manifest.buffers[name].file).read(f"buffer/{name}"))
     for key, values in random_states(state, reader, manifest).items():
         if key == "rng/cpu":
             torch.set_rng_state(values)
@@ -240,9 +232,20 @@ def read_values(state: TrainingState, reader: Reader, manifest: dict[str, Any], 
             torch.cuda.set_rng_state(values, state.runtime.device)
 
 
-def random_states(state: TrainingState, reader: Reader, manifest: dict[str, Any]) -> dict[str, Tensor]:
+def read_options(state: TrainingState, manifest: Manifest, optimizer: bool, scheduler: bool) -> None:
+    """Give back what is no tensor: the loss scale, the options of param groups, the schedule."""
+    if optimizer:
+        state.optimizer.scaler.load_state_dict(manifest.scaler)
+        for group, saved in zip(state.optimizer.param_groups, manifest.param_groups, strict=True):
+            group.update({key: tuple(v) if isinstance(v, list) else v for key, v in saved.items()})
+        state.optimizer.overflow = False
+    if scheduler and state.scheduler is not None and manifest.scheduler is not None:
+        state.scheduler.load_state_dict(manifest.scheduler)
+
+
+def random_states(state: TrainingState, reader: Reader, manifest: Manifest) -> dict[str, Tensor]:
     """This rank's own where the layout is the same; in another one, states that the first rank's and the rank give."""
-    saved, here = ([of.get(axis) for axis in DEGREES] for of in (manifest["layout"], state.layout))
+    saved, here = manifest.layout.degrees, state.layout.degrees
     rank = state.world.rank if saved == here else 0
     file = reader.file(file_name(rank))
     states = {key: file.read(key) for key in file.places if key.startswith("rng/")}

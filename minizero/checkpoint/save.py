@@ -30,18 +30,17 @@ import torch
 from torch import Tensor, nn
 
 from minizero.checkpoint.files import (
-    FORMAT,
     LATEST,
     MANIFEST,
     SAFE_NAME,
     CheckpointError,
-    manifest_bytes,
     move_into_place,
     prune,
     remove_leftovers,
     write_synced,
 )
-from minizero.checkpoint.state import TrainingState, check_complete, everyone
+from minizero.checkpoint.manifest import FORMAT, framed, parse
+from minizero.checkpoint.state import TrainingState, everyone
 from minizero.checkpoint.tensor_file import Entry, write_tensors
 from minizero.checkpoint.weights import persistent_buffers
 from minizero.dist.collectives import Communicator
@@ -118,9 +117,9 @@ class Save:
             ) from None
 
     def _commit(self, files: list[dict[str, Any]]) -> None:
-        manifest = {**self.header, **merged(files), "files": [of_file(file) for file in files]}
-        check_complete(manifest)
-        write_synced(self.temporary / MANIFEST, manifest_bytes(manifest))
+        body = json.dumps({**self.header, **merged(files), "files": [of_file(file) for file in files]}).encode()
+        parse(body, self.temporary / MANIFEST).check_complete()
+        write_synced(self.temporary / MANIFEST, framed(body))
         move_into_place(self.temporary, self.folder / self.tag)
         if self.latest:
             write_atomically(self.folder / LATEST, self.tag)
@@ -189,7 +188,7 @@ def json_header(state: TrainingState, tag: str, client_state: dict[str, Any]) ->
         "format": FORMAT,
         "tag": tag,
         "versions": {name: version(name) for name in ("minizero", "torch", "safetensors")},
-        "layout": state.layout,
+        "layout": state.layout.model_dump(),
         "config_hash": state.config_hash,
         "model": hf_config_of(state.module),
         "counters": state.counters,

@@ -17,21 +17,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minizero.checkpoint.files import CheckpointError
-from minizero.dist.boxes import Box, Piece, cover_exactly, pieces
+from minizero.checkpoint.manifest import Layout
+from minizero.dist.boxes import Box, Piece, pieces
 from minizero.dist.collectives import Communicator
 from minizero.dist.sharding import TensorShard
 from minizero.zero.flat import FlatGroup
 from minizero.zero.optimizer import ZeroOptimizer
 from minizero.zero.runtime import ZeroRuntime
-
-DEGREES = ("pp", "dp", "cp", "tp")
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ class TrainingState:
     comm: Communicator
     world: Communicator
     counters: dict[str, int]
-    layout: dict[str, Any] = field(default_factory=dict)
-    config_hash: str = ""
+    layout: Layout
+    config_hash: str
 
     @property
     def file_name(self) -> str:
@@ -161,31 +160,6 @@ def file_name(rank: int) -> str:
 def key_of(kind: str, name: str, box: Box) -> str:
     """The key of a box in a file: kind/parameter@0:4,8:16."""
     return f"{kind}/{name}@{','.join(f'{low}:{high}' for low, high in box)}"
-
-
-def boxes_in(manifest: dict[str, Any]) -> dict[tuple[str, str], list[tuple[Box, str]]]:
-    """(kind, parameter) -> [(box, file that holds it)]. Raises CheckpointError for a manifest of another form."""
-    found: dict[tuple[str, str], list[tuple[Box, str]]] = {}
-    try:
-        for file in manifest["files"]:
-            for kind, name, sides in file["boxes"]:
-                box = tuple((int(low), int(high)) for low, high in sides)
-                found.setdefault((kind, name), []).append((box, file["file"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the manifest is damaged: {type(error).__name__}: {error}") from None
-    return found
-
-
-def check_complete(manifest: dict[str, Any]) -> None:
-    """Raise CheckpointError unless the files hold every parameter, and whatever else they hold a part of, once."""
-    held, shapes = boxes_in(manifest), {name: facts["shape"] for name, facts in manifest["parameters"].items()}
-    for name in shapes:
-        held.setdefault(("master", name), [])
-    for (kind, name), places in held.items():
-        if name not in shapes:
-            raise CheckpointError(f"{kind} of {name} is held, which is no parameter")
-        if reason := cover_exactly((box for box, _ in places), shapes[name]):
-            raise CheckpointError(f"{kind} of {name}: {reason}")
 
 
 def everyone(comm: Communicator, device: torch.device, act: Callable[[], Any]) -> list[Any]:

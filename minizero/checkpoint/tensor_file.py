@@ -204,7 +204,7 @@ class TensorFile:
 
     def read(self, key: str, box: Box | None = None) -> Tensor:
         """The elements of tensor `key` in `box` (None: all), in the file's dtype."""
-        place = self._known(key, box)
+        place = self.known(key, box)
         box = whole_box(place.shape) if box is None else box
         depth = next((dim for dim, (low, high) in enumerate(box) if high - low != 1), len(box))
         lies_together = box[depth + 1 :] == whole_box(place.shape)[depth + 1 :]
@@ -217,7 +217,7 @@ class TensorFile:
 
     def read_into(self, target: Tensor, key: str, box: Box) -> None:
         """target <- the elements of tensor `key` in `box`, cast; straight into its memory where that can be."""
-        place = self._known(key, box)
+        place = self.known(key, box)
         whole = whole_box(place.shape)
         direct = target.dtype == DTYPES[place.dtype] and target.device.type == "cpu" and target.is_contiguous()
         if direct and box[1:] == whole[1:]:
@@ -225,7 +225,7 @@ class TensorFile:
         else:
             target.copy_(self.read(key, box))
 
-    def _known(self, key: str, box: Box | None) -> Place:
+    def known(self, key: str, box: Box | None = None) -> Place:
         """Where tensor `key` is. Raises CheckpointError when it is not there, or has no such box."""
         place = self.places.get(key)
         if place is None:

@@ -104,6 +104,9 @@ class TrainConfig(Section):
     """Tokens per training sequence."""
     gradient_clipping: float = Field(1.0, ge=0)
     """Largest global gradient norm (L2); larger ones are scaled down to it. 0 turns clipping off."""
+    max_skipped_steps: int = Field(3, ge=1)
+    """A step with a loss or gradient that is not finite is skipped; so many in a row end the run (in fp16, once the
+    loss scale is at its minimum)."""
     eval_every: int = Field(0, ge=0)
     """Steps between evaluations on the held-out files; 0 means only at the end."""
     time_limit: float | None = Field(None, gt=0)
@@ -313,6 +316,11 @@ class DistConfig(Section):
     """Communication backend; None means nccl where a GPU is visible, else gloo."""
     timeout: float = Field(120.0, gt=0)
     """Seconds after which a collective that a peer never joined is an error."""
+    step_timeout: float = Field(3600.0, ge=0)
+    """Seconds after which a step or a save of `train_batch` and `save_checkpoint` ends the process with its stacks; 0
+    means never."""
+    check_replicas: int = Field(100, ge=0)
+    """Steps between two comparisons of a hash of weights that several ranks hold alike; 0 means never."""
     transport: Literal["auto", "messages", "memory"] = "auto"
     """How slices travel on gloo: as TCP messages, or read from a neighbour's memory (one host, Linux on x86-64). auto:
     memory where every rank can read every other."""

@@ -70,18 +70,14 @@ class TokenLoader:
 
     def step(self, step: int) -> Iterator[Batch]:
         """The micro-batches of one step, counted from `start_sample`."""
-        indices = sample_indices(
-            self.seed,
-            0,
-            step,
-            self.dp_rank,
-            self.dp_size,
-            self.num_samples,
-            self.global_batch_size,
-            self.start_sample,
-        )
-        for chunk in indices.reshape(-1, self.micro_batch_size):
+        for chunk in self.samples(step, self.dp_rank).reshape(-1, self.micro_batch_size):
             yield self._batch(chunk)
+
+    def samples(self, step: int, dp_rank: int) -> np.ndarray:
+        """The samples of `dp_rank` in one step, counted from `start_sample`: int64 [global batch / dp size]."""
+        return sample_indices(
+            self.seed, 0, step, dp_rank, self.dp_size, self.num_samples, self.global_batch_size, self.start_sample
+        )
 
     def _batch(self, indices: np.ndarray) -> Batch:
         length = self.sequence_length

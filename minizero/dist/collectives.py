@@ -59,16 +59,19 @@ class Work:
 
     Attributes:
         description: operation, unit, phase, number. where: asks where the group's ranks are, this one being there.
+        ledger: counts the seconds that are spent waiting.
     """
 
     description: str
     where: Callable[[str], str]
+    ledger: CommLedger
     requests: list[Waitable] = field(default_factory=list)
     finish: Callable[[], None] | None = None
     started: float = field(default_factory=time.perf_counter)
 
     def wait(self) -> None:
         """Block until the result may be read."""
+        began = time.perf_counter()
         try:
             for request in self.requests:
                 request.wait()
@@ -79,6 +82,7 @@ class Work:
                 f"(--debug.collectives true compares every call). Backend: {error}\n{self.where(self.description)}"
             ) from error
         self.requests = []
+        self.ledger.waited += time.perf_counter() - began
         if self.finish is not None:
             finish, self.finish = self.finish, None
             finish()
@@ -187,7 +191,7 @@ class Communicator:
             self._call("all_gather", unit),
         )
         work.requests = running.arrivals
-        self._lent.append(Work(work.description, work.where, running.departures))
+        self._lent.append(Work(work.description, work.where, self.ledger, running.departures))
         if flat.is_cuda:
             work.finish = lambda: copy_all(list(host.values()), [shards[peer] for peer in host])
         return work
@@ -535,9 +539,11 @@ class Communicator:
 
     def _work(self, description: str) -> Work:
         def where(here: str) -> str:
-            return where_everyone_is(self._ranks, self.rank, f"waits for {here.partition(': ')[2]}")
+            position = f"in step {self.ledger.step} waits for {here.partition(': ')[2]}"
+            return where_everyone_is(self._ranks, self.rank, position)
 
-        return Work(description, where)
+        self.ledger.last.append(description)
+        return Work(description, where, self.ledger)
 
     def _compare_fingerprints(self, fingerprint: str, device: torch.device) -> None:
         """Raise on all ranks when they are about to run different collectives (naming each call's site)."""

@@ -10,9 +10,12 @@ The closed forms of the ZeRO paper (arXiv 1910.02054, section 7) are in payload;
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+LAST_CALLS = 16  # that a watchdog shows
 
 
 @dataclass
@@ -31,10 +34,17 @@ class Count:
 
 @dataclass
 class CommLedger:
-    """Calls and bytes by (axis, operation, phase, unit). One per engine; the engine names the phase."""
+    """Calls and bytes by (axis, operation, phase, unit). One per engine; the engine names step and phase.
+
+    Attributes:
+        step: optimizer steps made. waited: seconds spent waiting for peers so far. last: the latest calls, newest last.
+    """
 
     counts: dict[tuple[str, str, str, str], Count] = field(default_factory=dict)
     current_phase: str = "init"
+    step: int = 0
+    waited: float = 0.0
+    last: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_CALLS))
     _taken: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def record(self, axis: str, operation: str, unit: str, payload: int, wire: int) -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from minizero.dist.dims import AXES, ParallelDims
+from minizero.dist.rendezvous import agree_on_attempt
 
 DEFAULT_TIMEOUT = 120.0  # seconds
 WORLD = "world"  # the axis of all ranks
@@ -48,14 +49,9 @@ def init_distributed(dist_backend: str | None = None, timeout: float = DEFAULT_T
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
         return
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # torchrun keeps its store over restarts: without a prefix per attempt, a fast rank reads the addresses
-    # that the last attempt left there and fails to connect.
-    attempt = (
-        f"minizero/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    )
     rendezvous = dist.rendezvous("env://", rank, world_size, timeout=limit)
     store, rank, world_size = next(iter(rendezvous))
-    prefixed = dist.PrefixStore(attempt, store)
+    prefixed = dist.PrefixStore(agree_on_attempt(store, rank, world_size, timeout), store)
     dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size, timeout=limit)
 
 

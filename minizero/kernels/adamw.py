@@ -29,7 +29,7 @@ def adamw_step(
     grad: Tensor,
     step: Tensor,
     *,
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
@@ -42,9 +42,11 @@ def adamw_step(
 
     Args:
         master, m, v: fp32. grad: any floating dtype, left as it is. parameter: takes the rounded master.
-        step: steps so far, 0-d fp32. scale: 0-d, multiplies the gradient. skip: 0-d bool; where true, nothing happens.
+        step: steps so far, 0-d, fp32 or float64. scale: 0-d, floating, multiplies the gradient. skip: 0-d bool; where
+            true, nothing happens. All of them are on the device of `master`.
+        lr: a number, or a 0-d tensor, which is read first: on a GPU that waits for it.
 
-    Raises ValueError for shapes and dtypes that do not fit, and for what `backend` "triton" cannot run.
+    Raises ValueError for shapes, dtypes and devices that do not fit, and for what `backend` "triton" cannot run.
     """
     tensors = {"master": master, "m": m, "v": v, "grad": grad} | ({} if parameter is None else {"parameter": parameter})
     for name, tensor in tensors.items():
@@ -54,6 +56,16 @@ def adamw_step(
                 f"adamw_step: {name} is {tuple(tensor.shape)} {tensor.dtype}, stride {tensor.stride()}; legal: "
                 f"contiguous, {tuple(master.shape)}, one dim, master and moments in fp32"
             )
+    exact = (torch.float32, torch.float64)
+    numbers = [("step", step, exact), ("skip", skip, (torch.bool,))]
+    numbers.append(("scale", scale, (*exact, torch.bfloat16, torch.float16)))
+    for name, number, legal in numbers:
+        if number is not None and (number.dim() or number.dtype not in legal or number.device != master.device):
+            raise ValueError(
+                f"adamw_step: {name} is {tuple(number.shape)} {number.dtype} on {number.device}; legal: no dims, "
+                f"{' or '.join(map(str, legal))}, on {master.device}"
+            )
+    lr = float(lr)
     if not use_triton(backend, "adamw_step", master, m, v, grad, parameter):
         _reference(master, m, v, grad, step, lr, betas, eps, weight_decay, scale, skip, parameter)
         return
@@ -67,6 +79,7 @@ def adamw_step(
             master.numel(), lr, betas[1], 1.0 - betas[0], 1.0 - betas[1], *logs, eps, weight_decay,
             BLOCK=BLOCK, WRITE=parameter is not None, num_warps=8,
         )  # fmt: skip
+    torch.autograd.graph.increment_version([x for x in (master, m, v, parameter) if x is not None])
 
 
 def _reference(

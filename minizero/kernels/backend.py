@@ -5,7 +5,8 @@ compute capability 8.0 and newer; fp32, bf16, fp16), and torch elsewhere. What t
 what a call's tensors allow is looked at in every call: "auto" never gives a wrong number, "triton" says why it cannot.
 
 With TRITON_INTERPRET=1 in the environment, before minizero is imported, kernels run on the CPU, slowly, in Triton's
-interpreter: that is how the tests run them. (Set to 0, kernels are compiled as usual, also with a torch without CUDA.)
+interpreter, where "triton" is asked for: that is how the tests run them. (Set to 0, kernels are compiled as usual,
+also with a torch without CUDA.)
 """
 
 import importlib
@@ -49,7 +50,11 @@ else:
     except ImportError as error:
         TROUBLE = f"Triton is not installed ({error})"
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = not TROUBLE and bool(triton.knobs.runtime.interpret)
+# numpy has no bf16 and no fp8, so Triton's interpreter computes with their bits, and what comes out is garbage.
+# tests/interpreter.py puts that right, and says so here; without it such tensors are refused.
+CURED = False
+FOREIGN = (torch.bfloat16, torch.float8_e4m3fn)
 
 
 @cache
@@ -67,9 +72,16 @@ def obstacle(device: torch.device) -> str:
     return ""
 
 
+def garbled(*dtypes: torch.dtype) -> str:
+    """Why the interpreter cannot compute in one of `dtypes`; "" where it can, or where there is none."""
+    found = [dtype for dtype in dtypes if dtype in FOREIGN] if INTERPRETED and not CURED else []
+    return f"Triton's interpreter computes garbage in {found[0]}" if found else ""
+
+
 def use_triton(backend: Backend, op: str, *tensors: Tensor | None) -> bool:
     """Whether `op` runs as a Triton kernel on these tensors.
 
+    Kernels are launched on the current device, so tensors of another one are for torch (`torch.cuda.set_device`).
     Raises ValueError when "triton" is asked for and cannot run them, naming what stands in the way.
     """
     if backend == "torch":
@@ -77,12 +89,15 @@ def use_triton(backend: Backend, op: str, *tensors: Tensor | None) -> bool:
     if backend not in ("auto", "triton"):
         raise ValueError(f"{op}: backend {backend!r} does not exist; legal: auto, triton, torch")
     there = [tensor for tensor in tensors if tensor is not None]
-    if backend == "auto" and there[0].device.type != "cuda":
-        return False  # also where the interpreter would do it: nobody wants that unasked
-    reason = obstacle(there[0].device)
+    if backend == "auto" and (INTERPRETED or there[0].device.type != "cuda"):
+        return False  # nobody wants the interpreter unasked
+    device = there[0].device
+    reason = obstacle(device) or garbled(*(tensor.dtype for tensor in there))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        reason = reason or f"tensors are on {device}, and the current device is cuda:{torch.cuda.current_device()}"
     for tensor in there:
-        if tensor.device != there[0].device:
-            reason = reason or f"tensors are on {there[0].device} and {tensor.device}"
+        if tensor.device != device:
+            reason = reason or f"tensors are on {device} and {tensor.device}"
         if tensor.is_floating_point() and tensor.dtype not in DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             reason = reason or f"a tensor is {tensor.dtype}; Triton's kernels take {names}"
@@ -109,7 +124,7 @@ def chosen(backend: Backend, device: torch.device) -> Backend:
     """What "auto" comes to on `device`: "triton" or "torch"."""
     if backend != "auto":
         return backend
-    return "torch" if device.type != "cuda" or obstacle(device) else "triton"
+    return "torch" if device.type != "cuda" or INTERPRETED or obstacle(device) else "triton"
 
 
 class UsesKernels:
@@ -138,6 +153,16 @@ def last_dim_contiguous(x: Tensor) -> Tensor:
 def as_rows(x: Tensor) -> Tensor:
     """`x` [.., N] as [M, N], N contiguous; a copy only where no view can say that. Rows may overlap (stride 0)."""
     return last_dim_contiguous(x.reshape(-1, x.shape[-1]))
+
+
+def overlaps(x: Tensor) -> bool:
+    """Whether elements of `x` may share memory, as those of an expanded tensor do: then nothing can be in place."""
+    reach = 1  # of the dims so far, from the first element to one past the last
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride < reach and x.numel():
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def same_shape(op: str, **tensors: Tensor) -> None:

@@ -55,12 +55,12 @@ def _backward(
 ):  # fmt: skip
     """`steps` tiles below one another."""
     program = tl.program_id(0)
-    stack = program // blocks
+    stack = (program // blocks).to(tl.int64)
     column = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     b = tl.load(b_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
     db = tl.zeros([ROWS, COLUMNS], tl.float32)
     for step in range(steps):
-        row = (stack.to(tl.int64) * steps + step) * ROWS + tl.arange(0, ROWS)[:, None]
+        row = (stack * steps + step) * ROWS + tl.arange(0, ROWS)[:, None]
         inside = (row < rows) & (column < columns)
         x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
@@ -76,15 +76,15 @@ class _BiasGelu(Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
         x_MN, bias = as_rows(x), bias.contiguous()
         rows, columns = x_MN.shape
-        y_MN = x_MN.new_empty(rows, columns)
+        y = x.new_empty(x.shape)
         if rows:
             blocks = triton.cdiv(columns, COLUMNS)
             _forward[(triton.cdiv(rows, ROWS) * blocks,)](
-                x_MN, bias, y_MN, x_MN.stride(0), rows, columns, blocks, ROWS=ROWS, COLUMNS=COLUMNS, TANH=tanh
+                x_MN, bias, y, x_MN.stride(0), rows, columns, blocks, ROWS=ROWS, COLUMNS=COLUMNS, TANH=tanh
             )
         ctx.save_for_backward(x_MN, bias)
         ctx.tanh, ctx.shape = tanh, x.shape
-        return y_MN.view(x.shape)
+        return y
 
     @staticmethod
     @once_differentiable

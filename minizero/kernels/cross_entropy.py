@@ -4,16 +4,17 @@
     loss = lse - (1 - ε) c_label - ε / V Σ_v c_v + z lse²                    ε smoothing, z of the z-loss
     d loss / d c_v = exp(c_v - lse) (1 + 2 z lse) - ε / V - (1 - ε) [v = label]
 
-In 16 bits the gradient is rounded when it is computed, and once more when backward multiplies it by something that is
-no power of two.
+In bf16 the gradient is rounded when it is computed, and once more when backward multiplies it by something that is no
+power of two. In fp16 a probability times 1 / count would be lost before the loss scale comes: there the gradient is
+computed in backward, with all factors in it, and rounded once.
 
 (label smoothing: arXiv 1512.00567; z-loss: PaLM, arXiv 2204.02311; soft cap: Gemma 2, arXiv 2408.00118)
 
 One program per row. It goes along the row once for the statistics, keeping what it has to divide by, and, where a
-gradient will be wanted, a second time, from cache, to write it: the logits are read from memory once. In place the
-gradient takes the logits' memory; the version counter tells autograd that they are gone, so a graph that saved them
-raises. Whoever holds some columns of the vocabulary, or some tokens, uses the halves: `statistics` of columns, which
-ranks put together; `losses_of` these; and `gradient`.
+gradient will be wanted, a second time to write it: the logits are read from memory once, as long as all rows in flight
+fit into the L2 cache. In place the gradient takes the logits' memory; the version counter tells autograd that they are
+gone, so a graph that saved them raises. Whoever holds some columns of the vocabulary, or some tokens, uses the halves:
+`statistics` of columns, which ranks put together; `losses_of` these; and `gradient`.
 
 Glossary (T tokens, V columns here): logits [T, V], any row stride, int64 offsets      labels [T] int64
     highest, total, target, sums [T] (fp32)    max c_v, Σ exp(c_v - max), c_label or 0 where it is elsewhere, Σ c_v
@@ -27,7 +28,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from minizero.kernels.backend import Backend, as_rows, at_least_fp32, tl, triton, use_triton
+from minizero.kernels.backend import Backend, as_rows, at_least_fp32, overlaps, tl, triton, use_triton
 
 IGNORED = -100
 BLOCK = 4096
@@ -53,8 +54,11 @@ def cross_entropy(
         logits_TV: floating point. labels_T: int64 in [0, V), or `ignore_index`, whose loss and gradient are 0.
             Others give nan in Triton (looking at them would cost a synchronization), and an IndexError in torch.
         reduction: "mean" is over labels that are not ignored; without any it is nan, as in torch.
-        in_place: the logits' memory is used for their gradient. Nothing else may read the logits afterwards, and
-            backward may run once.
+        in_place: the logits' memory is used for their gradient, unless rows overlap. Nothing else may read the logits
+            afterwards. Without a gradient to compute they stay as they are.
+
+    In Triton backward runs once, since it hands on the memory that it would need again: a second one raises torch's
+    RuntimeError of a tensor that was modified. (In fp16 that is so in place; else backward may run again.)
 
     Raises ValueError for shapes and settings that do not fit, and for what `backend` "triton" cannot run.
     """
@@ -67,7 +71,11 @@ def cross_entropy(
     scale = torch.ones((), dtype=torch.float32, device=logits_TV.device)
     if reduction == "mean":
         scale = 1.0 / (labels_T != ignore_index).sum().float()
-    losses_T = _CrossEntropy.apply(logits_TV, labels_T, scale, ignore_index, settings, in_place)
+    wanted = torch.is_grad_enabled() and logits_TV.requires_grad
+    if wanted and logits_TV.dtype == torch.float16:
+        losses_T = scale * _GradientInBackward.apply(logits_TV, labels_T, ignore_index, settings, in_place)
+    else:
+        losses_T = _CrossEntropy.apply(logits_TV, labels_T, scale, ignore_index, settings, in_place, wanted)
     if reduction == "none":
         return losses_T
     loss = losses_T.sum()
@@ -158,6 +166,14 @@ def _row_gradient(
 
 
 @triton.jit
+def _row_of_zeros(out_ptr, columns, BLOCK: tl.constexpr):
+    """The gradient of a row that does not count, whatever is in it."""
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        tl.store(out_ptr + column, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=column < columns)
+
+
+@triton.jit
 def _whole(
     logits_ptr, labels_ptr, losses_ptr, grad_ptr, scale_ptr, stride, grad_stride, columns,
     ignore_index, smoothing, z, cap,
@@ -171,9 +187,7 @@ def _whole(
     if label == ignore_index:
         tl.store(losses_ptr + row, 0.0)
         if GRADIENT:
-            for start in range(0, columns, BLOCK):
-                column = start + tl.arange(0, BLOCK)
-                tl.store(out_ptr + column, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=column < columns)
+            _row_of_zeros(out_ptr, columns, BLOCK)
     else:
         highest, total, sums = _row_statistics(row_ptr, columns, cap, LOWEST, BLOCK, CAP, SMOOTHED)
         lse = highest + tl.log(total)
@@ -222,10 +236,14 @@ def _gradient(
     highest = tl.load(highest_ptr + row)
     total = tl.load(total_ptr + row)
     factor = tl.load(factor_ptr + row)
-    _row_gradient(
-        logits_ptr + row * stride, grad_ptr + row * grad_stride, columns, label, highest, total, cap, smoothing,
-        vocabulary, z, factor, BLOCK, CAP,
-    )  # fmt: skip
+    out_ptr = grad_ptr + row * grad_stride
+    if factor == 0.0:
+        _row_of_zeros(out_ptr, columns, BLOCK)
+    else:
+        _row_gradient(
+            logits_ptr + row * stride, out_ptr, columns, label, highest, total, cap, smoothing, vocabulary, z, factor,
+            BLOCK, CAP,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -322,7 +340,7 @@ def gradient(
 ) -> Tensor:
     """factor · d loss / d logits, [T, V] in their dtype, given the statistics of the whole `vocabulary`.
 
-    With `in_place` it is the logits' memory, in Triton.
+    With `in_place` it is the logits' memory, in Triton, unless rows overlap or lie apart; their version counts up.
     """
     smoothing, z, cap = settings
     rows, columns = logits_TV.shape
@@ -337,12 +355,13 @@ def gradient(
         grad_TV.scatter_add_(-1, index_T1, torch.where(here_T1, (smoothing - 1) * factor_T.unsqueeze(-1), 0.0))
         return (grad_TV if slope_TV is None else grad_TV.mul_(slope_TV)).to(logits_TV.dtype)
     logits_TV = as_rows(logits_TV)
-    grad_TV = logits_TV if in_place else torch.empty_like(logits_TV)
+    grad_TV = logits_TV if in_place and not overlaps(logits_TV) else logits_TV.new_empty(rows, columns)
     if rows:
         _gradient[(rows,)](
             logits_TV, labels_T.contiguous(), highest_T, total_T, factor_T.contiguous(), grad_TV, logits_TV.stride(0),
             grad_TV.stride(0), columns, first, smoothing, vocabulary, z, cap, CAP=cap > 0, **block_of(columns),
         )  # fmt: skip
+    torch.autograd.graph.increment_version(grad_TV)
     return grad_TV
 
 
@@ -367,6 +386,7 @@ def scale_rows_(x_TV: Tensor, factor_T: Tensor) -> Tensor:
     rows, columns = x_TV.shape
     if rows:
         _scale_rows[(rows,)](x_TV, factor_T, factor_T.stride(0), x_TV.stride(0), columns, **block_of(columns))
+    torch.autograd.graph.increment_version(x_TV)
     return x_TV
 
 
@@ -382,20 +402,53 @@ class _CrossEntropy(Function):
         ignore_index: int,
         settings: tuple[float, float, float],
         in_place: bool,
+        wanted: bool,
     ) -> Tensor:
         rows_TV = as_rows(logits_TV)
-        ctx.grad_TV = None
-        if ctx.needs_input_grad[0]:
-            ctx.grad_TV = rows_TV.detach() if in_place else rows_TV.new_empty(rows_TV.shape)
-        losses_T = losses_and_gradient(rows_TV, labels_T, scale, ignore_index, settings, ctx.grad_TV)
-        if in_place and ctx.grad_TV is not None:
-            torch.autograd.graph.increment_version(logits_TV)
+        if not wanted:
+            return losses_and_gradient(rows_TV, labels_T, scale, ignore_index, settings, None)
+        in_place = in_place and not overlaps(rows_TV)
+        grad_TV = rows_TV.detach() if in_place else rows_TV.new_empty(rows_TV.shape)
+        losses_T = losses_and_gradient(rows_TV, labels_T, scale, ignore_index, settings, grad_TV)
+        torch.autograd.graph.increment_version(grad_TV)
+        ctx.save_for_backward(grad_TV)
         return losses_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        grad_TV, ctx.grad_TV = ctx.grad_TV, None
-        if grad_TV is None:
-            raise RuntimeError("cross_entropy: backward has run before, and its gradient has been handed on")
-        return scale_rows_(grad_TV, grads[0]), None, None, None, None, None
+        (grad_TV,) = ctx.saved_tensors  # raises in a second backward: the first counted its version up
+        return scale_rows_(grad_TV, grads[0]), None, None, None, None, None, None
+
+
+class _GradientInBackward(Function):
+    """Losses per token. Backward computes the gradient, times what comes in."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_TV: Tensor,
+        labels_T: Tensor,
+        ignore_index: int,
+        settings: tuple[float, float, float],
+        in_place: bool,
+    ) -> Tensor:
+        smoothing, z, cap = settings
+        whole_4T = statistics(logits_TV, labels_T, 0, cap, smoothing > 0, backend="triton")
+        ctx.save_for_backward(logits_TV, labels_T, whole_4T)
+        ctx.ignore_index, ctx.settings, ctx.in_place = ignore_index, settings, in_place
+        losses_T = losses_of(whole_4T, labels_T, logits_TV.shape[1], smoothing, z)
+        return torch.where(labels_T == ignore_index, 0.0, losses_T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        logits_TV, labels_T, whole_4T = ctx.saved_tensors
+        vocabulary = logits_TV.shape[1]
+        factor_T = torch.where((labels_T >= 0) & (labels_T < vocabulary), grads[0], torch.nan)
+        factor_T = torch.where(labels_T == ctx.ignore_index, 0.0, factor_T)
+        grad_TV = gradient(
+            logits_TV, labels_T, whole_4T, factor_T, 0, vocabulary, ctx.settings, in_place=ctx.in_place,
+            backend="triton",
+        )  # fmt: skip
+        return grad_TV, None, None, None, None

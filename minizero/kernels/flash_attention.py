@@ -141,13 +141,9 @@ def ranges_of(
 
     Documents that decrease raise RuntimeError: at once on the CPU, on a GPU when it gets there.
     """
-    place_1T = torch.arange(keys - queries, keys, device=device).unsqueeze(0)
-    first = torch.zeros_like(place_1T)
-    stop = torch.full_like(place_1T, keys)
-    if causal:
-        stop = (place_1T + 1).clamp(0, keys)
-        if window:
-            first = (place_1T + 1 - window).clamp_min(0)
+    place_1T = torch.arange(keys - queries, keys, dtype=torch.int32, device=device).unsqueeze(0)
+    first = (place_1T + 1 - min(window, keys)).clamp_min(0) if window else torch.zeros_like(place_1T)
+    stop = (place_1T + 1).clamp(0, keys) if causal else torch.full_like(place_1T, keys)
     if documents_BT is not None:
         of_keys = documents_BT if documents_BU is None else documents_BU
         for documents in (documents_BT, of_keys):
@@ -155,10 +151,10 @@ def ranges_of(
             torch._assert_async(ordered, "flash_attention: documents decrease along the sequence; legal: 0 0 1 1 2")
         rows = max(len(documents_BT), len(of_keys))
         asked, sorted_keys = (x.expand(rows, -1).contiguous() for x in (documents_BT, of_keys))
-        first = torch.maximum(first, torch.searchsorted(sorted_keys, asked))
-        stop = torch.minimum(stop, torch.searchsorted(sorted_keys, asked, right=True))
-    stop = torch.maximum(first, stop)
-    return first.int().contiguous(), stop.int().contiguous()
+        first = torch.maximum(first, torch.searchsorted(sorted_keys, asked, out_int32=True))
+        stop = torch.minimum(stop, torch.searchsorted(sorted_keys, asked, right=True, out_int32=True))
+        stop = torch.maximum(first, stop)
+    return first.contiguous(), stop.contiguous()
 
 
 # ---- kernels ----
@@ -419,7 +415,8 @@ def attend(
     """(out in `dtype`, laid out as [B, T, N, D], which is what follows wants; lse)."""
     q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
     batch, heads, queries, width = q.shape
-    out = torch.empty(batch, queries, heads, width, dtype=dtype, device=q.device).transpose(1, 2)
+    laid_out = queries * heads * width, width, heads * width, 1  # not by a view: autograd lets nobody write into those
+    out = torch.empty_strided((batch, heads, queries, width), laid_out, dtype=dtype, device=q.device)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     options = tile(FORWARD, width, q.dtype, q.device)
     blocks = triton.cdiv(queries, options["BLOCK_T"])

@@ -64,6 +64,7 @@ def cast_and_pack(pieces: Sequence[Tensor], bucket: Tensor, *, scale: float = 1.
             blocks = triton.cdiv(piece.numel(), BLOCK)
             _pack[(blocks,)](piece.contiguous(), own, piece.numel(), scale, BLOCK=BLOCK, num_warps=8)
         start += piece.numel()
+    torch.autograd.graph.increment_version(bucket)
     return bucket
 
 

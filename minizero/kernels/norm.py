@@ -58,17 +58,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: Backend =
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, *, backend: Backend = "auto"
 ) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) · weight + bias over the last dim: x [.., N] -> [.., N] in the dtype of x."""
+    """(x - mean) / sqrt(variance + eps) · weight + bias over the last dim: x [.., N] -> [.., N] in the dtype of x.
+
+    weight and bias may be of other dtypes than x, wider or narrower.
+    """
     check(x, weight, bias, "layer_norm")
     if not use_triton(backend, "layer_norm", x, weight, bias):
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
+        return layer_norm_torch(x, weight, bias, eps)
     return _Norm.apply(x, None, weight, bias, eps, True, False, False)[0]
 
 
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """(rms_norm(s), s) of s = x + residual, both [.., N] in the dtype of x; s goes on as the residual stream."""
+    """(rms_norm(s), s) of s = x + residual, both [.., N]; s goes on as the residual stream.
+
+    x and residual are of one dtype, which s has too; of two, torch makes what they promote to, and "triton" refuses.
+    """
     check(x, weight, None, "add_rms_norm")
     same_shape("add_rms_norm", x=x, residual=residual)
     fused = use_triton(backend, "add_rms_norm", x, residual, weight)
@@ -92,8 +98,17 @@ def layer_norm_gelu(
     check(x, weight, bias, "layer_norm_gelu")
     tanh = is_tanh("layer_norm_gelu", approximate)
     if not use_triton(backend, "layer_norm_gelu", x, weight, bias):
-        return F.gelu(F.layer_norm(x, weight.shape, weight, bias, eps), approximate=approximate)
+        return F.gelu(layer_norm_torch(x, weight, bias, eps), approximate=approximate)
     return _Norm.apply(x, None, weight, bias, eps, True, True, tanh)[0]
+
+
+def layer_norm_torch(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """The reference, with torch's own, which takes one dtype: of several, the widest that is at least fp32."""
+    if weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    wide = at_least_fp32(x)
+    bias = None if bias is None else bias.to(wide.dtype)
+    return F.layer_norm(wide, weight.shape, weight.to(wide.dtype), bias, eps).to(x.dtype)
 
 
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -203,7 +218,7 @@ def _backward_rows(
     GELU: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
     """`steps` tiles of ROWS rows, one after the other; what they add to dw and db stays in registers meanwhile."""
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
     there = column < columns
     w = tl.load(w_ptr + column, mask=there, other=0.0).to(tl.float32)
@@ -212,7 +227,7 @@ def _backward_rows(
     dw = tl.zeros([ROWS, BLOCK], tl.float32)
     db = tl.zeros([ROWS, BLOCK], tl.float32)
     for step in range(steps):
-        row = (program.to(tl.int64) * steps + step) * ROWS + tl.arange(0, ROWS)[:, None]
+        row = (program * steps + step) * ROWS + tl.arange(0, ROWS)[:, None]
         inside = (row < rows) & there
         x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(dy_ptr + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
@@ -341,12 +356,12 @@ class _Norm(Function):
         bias = None if bias is None else bias.contiguous()
         residual_MN = None if residual is None else as_rows(residual)
         rows, columns = x_MN.shape
-        y_MN = x_MN.new_empty(rows, columns)
-        total_MN = x_MN.new_empty((rows, columns) if residual is not None else 0)
+        y = x.new_empty(x.shape)  # in their final shape: autograd lets nobody write into views that are made here
+        total = x.new_empty(0 if residual is None else x.shape)
         mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
         flags = dict(CENTER=center, RESIDUAL=residual is not None, BIAS=bias is not None, GELU=with_gelu, TANH=tanh)
         if rows:
-            tensors = x_MN, residual_MN, weight, bias, y_MN, total_MN, mean, rstd
+            tensors = x_MN, residual_MN, weight, bias, y, total, mean, rstd
             strides = x_MN.stride(0), 0 if residual_MN is None else residual_MN.stride(0)
             tall, block, warps = shape_of_tile(columns, WIDEST_FORWARD)
             if tall:
@@ -355,18 +370,18 @@ class _Norm(Function):
                 )
             else:
                 _forward_wide[(rows,)](*tensors, *strides, columns, eps, BLOCK=block, **flags, num_warps=warps)
-        ctx.save_for_backward(x_MN if residual is None else total_MN, weight, bias, mean, rstd)
+        ctx.save_for_backward(x_MN if residual is None else total, weight, bias, mean, rstd)
         ctx.flags, ctx.shape = flags, x.shape
         if residual is None:
-            ctx.mark_non_differentiable(total_MN)
-            return y_MN.view(x.shape), total_MN
-        return y_MN.view(x.shape), total_MN.view(x.shape)
+            ctx.mark_non_differentiable(total)
+        return y, total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        x_MN, weight, bias, mean, rstd = ctx.saved_tensors
+        x, weight, bias, mean, rstd = ctx.saved_tensors
         residual = ctx.flags["RESIDUAL"]
+        x_MN = as_rows(x)
         dy_MN, ds_MN = as_rows(grads[0]), as_rows(grads[1]) if residual else None
         rows, columns = x_MN.shape
         dx_MN = x_MN.new_empty(rows, columns)

@@ -14,7 +14,7 @@ Glossary (n elements, G = block): x [n] (any float), q [n] (int8 or float8_e4m3f
 import torch
 from torch import Tensor
 
-from minizero.kernels.backend import INTERPRETED, Backend, tl, triton, use_triton
+from minizero.kernels.backend import INTERPRETED, Backend, garbled, tl, triton, use_triton
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 TINIEST = 1e-35
@@ -62,7 +62,7 @@ def dequantize_blockwise(
         raise ValueError(
             f"dequantize_blockwise: scales are {tuple(scales.shape)} for {q.numel()} elements in blocks of {block}"
         )
-    if not fused(backend, "dequantize_blockwise", scales, q.dtype):
+    if not fused(backend, "dequantize_blockwise", scales, q.dtype, dtype):
         wide = q.reshape(-1).float() * scales.repeat_interleave(block)[: q.numel()]
         return wide.to(dtype).view(q.shape)
     x = torch.empty(q.shape, dtype=dtype, device=q.device)
@@ -83,10 +83,12 @@ def check(op: str, block: int, dtype: torch.dtype) -> None:
         )
 
 
-def fused(backend: Backend, op: str, x: Tensor, dtype: torch.dtype) -> bool:
-    """As `use_triton`, which knows nothing of fp8."""
+def fused(backend: Backend, op: str, x: Tensor, dtype: torch.dtype, *dtypes: torch.dtype) -> bool:
+    """As `use_triton`, which knows nothing of fp8, nor of dtypes of what is yet to be made."""
     if not use_triton(backend, op, x):
         return False
+    if reason := garbled(dtype, *dtypes):
+        raise ValueError(f"{op}: {reason}; backend auto or torch runs it in torch")
     old = dtype == torch.float8_e4m3fn and not INTERPRETED and torch.cuda.get_device_capability(x.device) < FP8_ARCH
     if old and backend == "triton":
         raise ValueError(f"{op}: fp8 needs compute capability {FP8_ARCH}; backend auto or torch runs it in torch")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from minizero.kernels.backend import Backend, last_dim_contiguous, tl, triton, use_triton
+from minizero.kernels.backend import Backend, last_dim_contiguous, overlaps, tl, triton, use_triton
 
 
 def rope(
@@ -25,13 +25,18 @@ def rope(
     """(q, k) turned by their positions' angles; shapes and dtypes stay.
 
     Args:
-        in_place: write over q and k, as no other op of the same graph may read them then. Autograd allows it for
-            tensors that are no views; where it cannot, it raises RuntimeError.
+        in_place: write over q and k, as no other op of the same graph may read them then. Before anything is written,
+            raises RuntimeError for what autograd could not follow, views and leaves that require grad, and ValueError
+            for a q or k whose elements share memory.
 
     Raises ValueError for shapes that do not fit, and for what `backend` "triton" cannot run.
     """
     check(q_BNSD, k_BMSD, cos_B1SE, sin_B1SE)
-    if not use_triton(backend, "rope", q_BNSD, k_BMSD, cos_B1SE, sin_B1SE):
+    fused = use_triton(backend, "rope", q_BNSD, k_BMSD, cos_B1SE, sin_B1SE)
+    if in_place:
+        requires_grad = any(x.requires_grad for x in (q_BNSD, k_BMSD, cos_B1SE, sin_B1SE))
+        check_in_place(q_BNSD, k_BMSD, fused, requires_grad and torch.is_grad_enabled())
+    if not fused:
         turned = tuple(rope_torch(x, cos_B1SE, sin_B1SE) for x in (q_BNSD, k_BMSD))
         if not in_place:
             return turned[0], turned[1]
@@ -59,13 +64,24 @@ def check(q_BNSD: Tensor, k_BMSD: Tensor, cos_B1SE: Tensor, sin_B1SE: Tensor) ->
         )
 
 
+def check_in_place(q_BNSD: Tensor, k_BMSD: Tensor, fused: bool, in_graph: bool) -> None:
+    """Raise what `rope` says, before anything is written: autograd looks at q and k only afterwards."""
+    for name, x in (("q", q_BNSD), ("k", k_BMSD)):
+        if overlaps(x):
+            raise ValueError(f"rope: in place, elements of {name} share memory: {tuple(x.shape)}, strides {x.stride()}")
+        if fused and x.stride(-1) != 1:
+            raise ValueError(f"rope: in place, the last dim must be contiguous; strides of {name}: {x.stride()}")
+        if in_graph and (x._is_view() or (x.is_leaf and x.requires_grad)):
+            raise RuntimeError(f"rope: in place, autograd cannot follow {name}: it is a view or a leaf")
+
+
 @triton.jit
 def _turn(
     x_ptr, y_ptr, x_head, y_head, cos, sin, heads, width,
     HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """All heads of one tensor at one position."""
-    head = tl.arange(0, HEADS)[:, None]
+    head = tl.arange(0, HEADS)[:, None].to(tl.int64)
     place = tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (place < width)
     first = tl.load(x_ptr + head * x_head + place, mask=inside, other=0.0).to(tl.float32)
@@ -127,8 +143,6 @@ class _Rope(Function):
         cos, sin = last_dim_contiguous(cos), last_dim_contiguous(sin)
         ctx.save_for_backward(cos, sin)
         if in_place:
-            if q.stride(-1) != 1 or k.stride(-1) != 1:
-                raise ValueError(f"rope: in place, the last dim must be contiguous; strides {q.stride()}, {k.stride()}")
             ctx.mark_dirty(q, k)
             launch(q, k, q, k, cos, sin, 1.0)
             return q, k

@@ -203,8 +203,6 @@ class _VocabParallelCrossEntropy(Function):
             logits_TV, labels_T, whole_4T, factor_T, ctx.first, ctx.vocab, ctx.settings,
             in_place=ctx.in_place, backend=ctx.kernels,
         )  # fmt: skip
-        if grad_TV.data_ptr() == logits_TV.data_ptr():
-            torch.autograd.graph.increment_version(logits_TV)
         return grad_TV, None, None, None, None, None, None, None
 
 

@@ -28,7 +28,19 @@ from minizero.zero.flat import FlatGroup
 from minizero.zero.runtime import ZeroRuntime
 
 NORM_ROW = 4096  # elements summed in fp32 (or wider gradients' dtype) before float64 takes over
-MAX_SKIPS = 3  # consecutive steps with non-finite gradients, once no lower loss scale is left to try
+MAX_SKIPS = 3  # steps in a row with a loss or gradient that is not finite, once no lower loss scale is left to try
+
+
+class NonFiniteError(FloatingPointError):
+    """Losses or gradients were not finite too often in a row.
+
+    Attributes:
+        dp_rank: the first rank, along the axis that ZeRO shards over, where one was not in the last step.
+    """
+
+    def __init__(self, message: str, dp_rank: int) -> None:
+        super().__init__(message)
+        self.dp_rank = dp_rank
 
 
 @dataclass
@@ -92,6 +104,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         clip: largest global gradient norm; 0 for none.
         allow_untested: accept an `inner` that is not known to be element-wise.
         kernels: "triton" or "torch", for the norm.
+        max_skips: steps in a row that may be skipped because something was not finite, before that is an error.
 
     Raises ValueError for an optimizer that is not element-wise, has stepped already, or holds foreign parameters.
     """
@@ -105,8 +118,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         clip: float,
         allow_untested: bool = False,
         kernels: Backend = "torch",
+        max_skips: int = MAX_SKIPS,
     ) -> None:
         self.inner = inner
+        self.max_skips = max_skips
         self.kernels = kernels
         self.runtime = runtime
         self.scaler = scaler
@@ -186,18 +201,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def step_window(self, weight: float = 1.0) -> StepResult:
         """One optimizer step over the window's gradients, times `weight`; the window is empty after it; collective.
 
-        Raises FloatingPointError on every rank when the loss is not finite (outside fp16), or when gradients were not
-        finite several steps in a row; parameters and optimizer state are then untouched.
+        A step in which a loss or a gradient of any rank is not finite is skipped on all. Raises NonFiniteError on
+        every rank after `max_skips` such steps in a row; parameters and optimizer state are then untouched.
         """
         window, self.window = self.window, Window()
         self.runtime.finish_gradients()
-        squares, total = self._exchange(window)
+        squares_RU, total = self._exchange(window)
         divisor = total.tokens if total.counts_tokens else float(self.runtime.comm.size)
         factor = weight * self.runtime.policy.predivide / self.scaler.scale / max(divisor, 1.0)
         norm = math.sqrt(total.squares) * factor if math.isfinite(total.squares) else math.nan
         count = total.tokens if total.counts_tokens else self.runtime.comm.size * max(window.micro_batches, 1)
-        result = StepResult(math.isfinite(norm), norm, sum(total.losses) / max(count, 1.0), int(total.tokens))
-        self._check_finite(result, squares, total.losses)
+        is_finite = math.isfinite(norm) and all(map(math.isfinite, total.losses))
+        result = StepResult(is_finite, norm, sum(total.losses) / max(count, 1.0), int(total.tokens))
+        self._check_finite(result, squares_RU, total.losses)
         self.scaler.update(overflow=not result.applied)
         if result.applied:
             clipped = self.clip / (norm + 1e-6) if self.clip > 0 else 1.0
@@ -208,8 +224,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
             piece.grad = None
         return result
 
-    def _exchange(self, window: Window) -> tuple[list[float], Total]:
-        """(sum of squares per unit of this rank's stage, what the window adds up to over all ranks)."""
+    def _exchange(self, window: Window) -> tuple[list[list[float]], Total]:
+        """(sums of squares by data-parallel rank and unit of this rank's part of the model, what the window adds up to
+        over all ranks)."""
         device = self.runtime.device
         zero = torch.zeros((), dtype=torch.float64, device=device)
         tokens = window.tokens.double() if window.tokens is not None else zero
@@ -226,7 +243,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             squares = [math.fsum(c) for c in self.runtime.tensor.comm.gather_rows(parts, "norm").T.tolist()]
         squares_here = math.fsum(squares) if all(map(math.isfinite, squares)) else math.nan
         total = Total(squares_here, math.fsum(rows[:, -2].tolist()), window.tokens is not None, rows[:, -1].tolist())
-        return squares, total if self.runtime.pipeline is None else self._over_stages(total, window)
+        squares_RU = rows[:, :-2].tolist()
+        return squares_RU, total if self.runtime.pipeline is None else self._over_stages(total, window)
 
     def _squared_norm(self, values: Tensor) -> Tensor:
         if self.kernels == "triton" and values.dtype != torch.float64:
@@ -242,25 +260,25 @@ class ZeroOptimizer(torch.optim.Optimizer):
         squares, tokens, counts, *losses = columns
         return Total(sum(squares), sum(tokens), any(counts), [sum(of_rank) for of_rank in losses])
 
-    def _check_finite(self, result: StepResult, squares: list[float], losses: list[float]) -> None:
+    def _check_finite(self, result: StepResult, squares_RU: list[list[float]], losses: list[float]) -> None:
+        """Count skipped steps. Raises NonFiniteError, and drops the gradients, when there were too many in a row."""
         self.overflow = not result.applied
         self.skips_in_a_row = 0 if result.applied else self.skips_in_a_row + 1
-        bad_ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-        if bad_ranks and self.scaler.scale == 1.0 and not self.scaler.dynamic:
-            self.runtime.drop_gradients()
-            raise FloatingPointError(
-                f"the loss is {losses[bad_ranks[0]]} on data-parallel rank {bad_ranks}; nothing was updated. "
-                "Look at that rank's batch, or lower the learning rate."
-            )
-        if self.skips_in_a_row >= MAX_SKIPS and self.scaler.exhausted:
-            bad = next(
-                (u.name for u, s in zip(self.runtime.units, squares, strict=True) if not math.isfinite(s)), "none"
-            )
-            self.runtime.drop_gradients()
-            raise FloatingPointError(
-                f"gradients were not finite {self.skips_in_a_row} steps in a row; first such unit: {bad}. "
-                "Nothing was updated in those steps." + (" bf16 needs no loss scale." if self.scaler.dynamic else "")
-            )
+        if self.skips_in_a_row < self.max_skips or not self.scaler.exhausted:
+            return
+        self.runtime.drop_gradients()
+        bad_losses = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        units = [unit.name for unit in self.runtime.units]
+        bad = [(rank, u) for u in range(len(units)) for rank, of in enumerate(squares_RU) if not math.isfinite(of[u])]
+        found = f"the loss is {losses[bad_losses[0]]} on data-parallel rank {bad_losses}" if bad_losses else ""
+        if bad:
+            found += f"{'; ' if found else ''}first such unit: {units[bad[0][1]]}, on data-parallel rank {bad[0][0]}"
+        elsewhere = "all losses and this rank's gradients are finite, those of other stages or parts are not"
+        raise NonFiniteError(
+            f"loss or gradients were not finite {self.skips_in_a_row} steps in a row: {found or elsewhere}. Nothing "
+            "was updated in those steps." + (" bf16 needs no loss scale." if self.scaler.dynamic else ""),
+            bad_losses[0] if bad_losses else bad[0][0] if bad else 0,
+        )
 
     def _update(self, factor: float) -> int:
         """Scale this rank's gradients and let the inner optimizer update its slices; bytes moved between devices."""

@@ -1,0 +1,231 @@
+"""Ranks that die, freeze, go astray or disagree: the others say so in time, and what resumes is the same run, bitwise.
+
+A trial forks its ranks (`faults.py`), kills one at a place drawn from a seed, and runs the job again on what is left.
+The long campaigns are in `make soak`; `python tests/test_faults.py COUNT SEED` prints the table of one.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from faults import EVERY, ON_FIRST_RANK, POINTS, STEPS, Ended, Job, Kill, Nursery, logged
+
+from minizero.checkpoint.inspect import listing
+
+TRIALS = 40
+JOBS = {
+    "zero1": Job("", stage=1),
+    "zero2": Job("", stage=2, model="frozen"),
+    "zero3": Job("", stage=3),
+    "bf16": Job("", stage=3, precision="bf16"),
+    "background": Job("", stage=2, asynchronous=True),
+    "tp2": Job("", model="llama", tp=2),
+    "pp2": Job("", model="llama", pp=2, stage=1),
+}
+HEARD_WITHIN = 3.0  # seconds from a death to the end of the last survivor, on a loaded machine
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as found:
+        yield found
+
+
+KNOWN: dict[str, tuple[list[str | None], dict[int, set[str]]]] = {}
+
+
+def straight(nursery: Nursery, name: str, folder: Path) -> tuple[list[str | None], dict[int, set[str]]]:
+    """(end states of the ranks, log of rank 0) of the job that nobody kills."""
+    if name not in KNOWN:
+        job = replace(JOBS[name], folder=str(folder / f"straight-{name}"))
+        ended = nursery.run(job)
+        assert [one.code for one in ended] == [0] * job.world, ended[0].words
+        KNOWN[name] = [one.state for one in ended], logged(job.folder, 0)
+        assert len(KNOWN[name][1]) == STEPS and all(len(said) == 1 for said in KNOWN[name][1].values())
+    return KNOWN[name]
+
+
+def draw(chance: random.Random) -> tuple[str, Kill]:
+    """A job, and where in it a rank dies."""
+    name, point = chance.choice(list(JOBS)), chance.choice(list(POINTS))
+    if JOBS[name].model == "llama" and point in ("forward", "backward"):
+        point = "in a collective"  # a pipeline has its own backward, and llamas their own blocks
+    rank = -1 if chance.random() < 0.2 else chance.randrange(JOBS[name].world)
+    if point in ON_FIRST_RANK:
+        rank = 0
+    nth = chance.randint(1, 9) if point in ("in a collective", "in the file", "forward") else 1
+    return name, Kill(rank, chance.randrange(STEPS), point, nth)
+
+
+def trial(nursery: Nursery, folder: Path, name: str, kill: Kill) -> tuple[str, list[Ended]]:
+    """What went wrong with a run that is killed and continued; nothing is right. The killed attempt's ends."""
+    states, log = straight(nursery, name, folder)
+    job = replace(JOBS[name], folder=tempfile.mkdtemp(dir=folder))
+    killed = nursery.run(job, kill)
+    died = [rank for rank, one in enumerate(killed) if one.code == -kill.signal]
+    for rank, one in enumerate(killed):
+        if died and one.code == 0 and one.state != states[rank]:
+            return f"rank {rank} ended well, with another state", killed
+        if one.code > 0 and not any(word in one.words for word in ("CollectiveError", "CheckpointError")):
+            return f"rank {rank} ended with {one.words[-300:]}", killed
+        if one.code != -kill.signal and one.seconds > HEARD_WITHIN:
+            return f"rank {rank} ended {one.seconds:.1f} s after the death of {died}", killed
+    checkpoints = Path(job.folder) / "checkpoints"
+    steps = [row["step"] for row in listing(checkpoints) if row["problem"] is None] if checkpoints.is_dir() else []
+    again = nursery.run(job)
+    if [one.code for one in again] != [0] * job.world:
+        return f"it does not continue from {steps}: {again[0].words[-500:]}", killed
+    if [one.state for one in again] != states:
+        return f"it continues from {steps} to another end", killed
+    attempts = logged(job.folder, 0)
+    if attempts != log:
+        return f"it continues from {steps} with other losses", killed
+    lost = (Path(job.folder) / "log0").read_text().splitlines()
+    if len(lost) - STEPS > EVERY + (EVERY if job.asynchronous else 0):
+        return f"{len(lost) - STEPS} steps were done twice, {EVERY} is the interval of checkpoints", killed
+    shutil.rmtree(job.folder)
+    return "", killed
+
+
+def test_a_killed_run_continues_bitwise(nursery, tmp_path):
+    """Every point at least once, then at random; a trial that kills nobody (its point comes after the end) counts as
+    none."""
+    chance, happened = random.Random(0), 0
+    plans = [(draw(chance)[0], point) for point in POINTS]
+    kills = []
+    for name, point in plans:
+        name = "zero1" if point in ("forward", "backward") and JOBS[name].model == "llama" else name
+        kills.append((name, Kill(0 if point in ON_FIRST_RANK else 1, 3, point)))
+    kills += [draw(chance) for _ in range(TRIALS - len(kills))]
+    for name, kill in kills:
+        problem, ended = trial(nursery, tmp_path, name, kill)
+        assert not problem, (name, kill, problem)
+        happened += any(one.code == -kill.signal for one in ended)
+    assert happened > 0.8 * TRIALS
+
+
+def test_what_a_survivor_says(nursery, tmp_path):
+    job = replace(JOBS["zero3"], folder=str(tmp_path / "job"))
+    survivor, victim = nursery.run(job, Kill(1, 3, "in a collective", 5))
+    assert victim.code == -signal.SIGKILL and survivor.code == 1
+    assert "rank 0 in step 3 waits for" in survivor.words and "rank 1 does not answer" in survivor.words
+
+
+def test_a_frozen_rank_is_heard_of_at_the_timeout(nursery, tmp_path):
+    """SIGSTOP: nothing closes, so the collective's deadline is what ends the others; the frozen one is killed last."""
+    job = replace(JOBS["zero2"], folder=str(tmp_path / "job"), timeout=2.0)
+    began = time.monotonic()
+    survivor, frozen = nursery.run(job, Kill(1, 2, "before the update", signal=signal.SIGSTOP))
+    assert survivor.code == 1 and "failed after" in survivor.words
+    assert frozen.code == -signal.SIGKILL
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("how", ("loop", "lock"))
+def test_a_stuck_rank_ends_itself_with_its_stacks(nursery, tmp_path, how):
+    """An endless loop, and native code that holds the interpreter's lock: the watchdog is not Python's."""
+    job = Job(str(tmp_path / "job"), stage=1, timeout=20.0)
+    stuck, other = nursery.run(job, act=f"hang_in_a_{how}")
+    assert stuck.code == 1 and "Timeout" in stuck.words and "in hang" in stuck.words
+    if how == "loop":
+        assert "rank 0: a step (step 1) has taken 1 s, the limit of dist.step_timeout" in stuck.words
+        assert "reduce_scatter of" in stuck.words
+    assert other.code == 1 and other.seconds < HEARD_WITHIN
+
+
+def test_a_flipped_bit_in_one_replica_is_found_and_named(nursery, tmp_path):
+    for world, named in ((2, "ranks [0, 1] disagree (axis dp)"), (3, "rank [1] differs from 2 others (axis dp)")):
+        job = Job(str(tmp_path / f"job{world}"), world=world, stage=2)
+        for one in nursery.run(job, act="flip_a_bit"):
+            assert one.code == 1 and "ReplicaError" in one.words and named in one.words, one.words
+            assert "blocks.1" in one.words
+    job = Job(str(tmp_path / "tp"), model="llama", tp=2)
+    assert all("model.norm.weight" in one.words for one in nursery.run(job, act="flip_a_bit"))
+    job = Job(str(tmp_path / "clean"), world=3, stage=0)
+    assert [one.code for one in nursery.run(job, act="check_every_step")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ("config", "code", "seed"))
+def test_ranks_that_disagree_are_refused_before_the_first_step(nursery, tmp_path, kind):
+    ended = nursery.run(Job(str(tmp_path / "job")), act=f"disagree_on_{kind}")
+    wanted = {"config": "optimizer.lr = 0.5", "code": "code of minizero = ", "seed": "train.seed = 7"}[kind]
+    for one in ended:
+        assert one.code == 1 and "ranks were started with different settings" in one.words and wanted in one.words
+        assert one.seconds < 2
+
+
+def test_a_full_disk_leaves_what_was_there(nursery, tmp_path):
+    """A limit on the size of files stands for it: the write fails at a byte in the middle, on one rank."""
+    job = Job(str(tmp_path / "job"), stage=3)
+    for one in nursery.run(job, act="fill_the_disk"):
+        assert one.code == 0, one.words
+    (row,) = listing(tmp_path / "job" / "checkpoints")
+    assert row["step"] == 1 and row["problem"] is None
+    assert not list((tmp_path / "job" / "checkpoints").glob(".*"))
+
+
+def test_a_background_save_that_fails_is_heard_by_all_at_the_next(nursery, tmp_path):
+    job = Job(str(tmp_path / "job"), stage=1, asynchronous=True)
+    for one in nursery.run(job, act="fail_in_the_background"):
+        assert one.code == 0, one.words
+    assert [row["tag"] for row in listing(tmp_path / "job" / "checkpoints")] == ["global_step3"]
+
+
+def test_a_damaged_checkpoint_is_passed_over_only_when_asked(nursery, tmp_path):
+    job = Job(str(tmp_path / "job"), stage=2)
+    nursery.run(job)
+    newest = tmp_path / "job" / "checkpoints" / f"global_step{STEPS}"
+    with open(newest / "rank00001.safetensors", "r+b") as file:
+        file.seek(3000)
+        file.write(b"damage")
+    for one in nursery.run(job):
+        assert one.code == 1 and f"global_step{STEPS - EVERY} looks whole" in one.words
+        assert "rank00001.safetensors is damaged" in one.words
+    straight_states = [one.state for one in nursery.run(replace(job, folder=str(tmp_path / "straight")))]
+    again = nursery.run(replace(job, allow_fallback=True))
+    assert [one.state for one in again] == straight_states
+    assert "Falling back to" in again[0].words
+
+
+def campaign(count: int, seed: int) -> int:
+    """Run `count` trials of seed `seed`, print what happened; the number of failures."""
+    chance, points, failures, slowest, began = random.Random(seed), Counter(), 0, 0.0, time.monotonic()
+    folder, kills = Path(tempfile.mkdtemp()), 0
+    with Nursery() as nursery:
+        while kills < count:
+            name, kill = draw(chance)
+            problem, ended = trial(nursery, folder, name, kill)
+            failures += bool(problem)
+            if problem:
+                print(f"FAILED {name} {kill}: {problem}", flush=True)
+            if any(one.code == -kill.signal for one in ended):
+                kills += 1
+                points[kill.point, name] += 1
+                slowest = max([slowest, *(one.seconds for one in ended)])
+    shutil.rmtree(folder)
+    bound = 3 / count if not failures else float("nan")  # the rule of three
+    print(
+        f"{count} kills, seed {seed}: {failures} failures (95 % bound {bound:.2%}), {time.monotonic() - began:.0f} s, "
+        f"{len(points)} pairs of place and layout, the last survivor ended within {slowest:.2f} s"
+    )
+    return failures
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(10))
+def test_five_thousand_kills(seed):
+    assert campaign(500, 100 + seed) == 0
+
+
+if __name__ == "__main__":
+    sys.exit(campaign(int(sys.argv[1]), int(sys.argv[2])) > 0)
