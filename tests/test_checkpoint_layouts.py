@@ -139,7 +139,12 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("family", "names", "steps"), (("llama", tuple(LAYOUTS), AFTER), ("gpt2", ("dp3-2", "tp2-dp2-3", "zbv-dp2-2"), 2))
+    ("family", "names", "steps"),
+    (
+        pytest.param("llama", tuple(LAYOUTS), AFTER, marks=pytest.mark.soak),
+        ("llama", tuple(LAYOUTS), 2),
+        ("gpt2", ("dp3-2", "tp2-dp2-3", "zbv-dp2-2"), 2),
+    ),
 )
 def test_all_pairs(tmp_path, family, names, steps):
     expected = {name: run_distributed(save, LAYOUTS[name].world, name, family, str(tmp_path))[0] for name in names}
