@@ -12,6 +12,7 @@ import argparse
 
 from minizero import checkpointing, zero
 from minizero.api import init_distributed, initialize
+from minizero.checkpoint.hf import load_hf
 from minizero.config import Config
 from minizero.dist.collectives import CollectiveError
 from minizero.dist.dims import ParallelDims
@@ -44,6 +45,7 @@ __all__ = [
     "checkpointing",
     "init_distributed",
     "initialize",
+    "load_hf",
     "unsharded",
     "zero",
 ]

@@ -33,6 +33,7 @@ from minizero.dist.mesh import DEFAULT_TIMEOUT, WORLD, build_mesh, local_device
 from minizero.dist.mesh import init_distributed as join_processes
 from minizero.engine import Engine
 from minizero.kernels.backend import Backend, chosen
+from minizero.models.hf import HuggingFaceNames
 from minizero.optim.build import build_optimizer
 from minizero.optim.loss_scale import LossScaler
 from minizero.optim.schedules import build_schedule
@@ -67,7 +68,7 @@ def initialize(
 
     Args:
         args: a namespace whose `deepspeed_config` names the config file, when `config` is not given.
-        model: any module; on the meta device it is initialized shard by shard.
+        model: any module; on the meta device it is initialized shard by shard, and that of `load_hf` filled so.
         optimizer: a torch optimizer over the model's parameters, or a callable that makes one; None builds the
             config's.
         model_parameters: tensors or param groups for the config's optimizer; None means every trainable parameter.
@@ -79,7 +80,8 @@ def initialize(
             name. distributed_port, dist_init_required: of DeepSpeed's launcher; torchrun's environment takes their
             place. mpu, mesh_param: not available, since degrees are settings.
 
-    Raises ValueError (on every rank) for settings that contradict each other, the model or the world size.
+    Raises ValueError (on every rank) for settings that contradict each other, the model or the world size, and
+    CheckpointError for files of `load_hf` that do not fit.
     """
     settings = from_any(one_config(args, config, config_params))
     if model is None:
@@ -90,6 +92,7 @@ def initialize(
             "parallel.pp)"
         )
     refuse_cut(model)
+    pretrained = pretrained_folder(model)
     settings = with_stages_of(model, settings)
     say_what_is_unexpected(settings, optimizer)
     init_distributed(settings.dist.backend, distributed_port=distributed_port, timeout=settings.dist.timeout)
@@ -97,7 +100,7 @@ def initialize(
     batch = settings.batch(comm.size // settings.parallel.cp)
     num_parameters = sum(p.numel() for p in model.parameters())  # before they are shared out
     parallel = parallelize(model, settings, comm, device, batch.accumulation)
-    runtime = shard(model, settings, comm, device, parallel)
+    runtime = shard(model, settings, comm, device, parallel, filled_later=pretrained is not None)
     kernels = "torch" if settings.zero.offload_optimizer == "cpu" else chosen(settings.kernels, device)
     parameters = current(model_parameters, runtime, parallel.removed)
     inner = make_optimizer(optimizer, model, parameters, settings, kernels)
@@ -133,6 +136,8 @@ def initialize(
         num_parameters=num_parameters,
         stages=parallel,
     )
+    if pretrained is not None:
+        engine.load_weights(pretrained)
     return engine, sharded, loader, schedule
 
 
@@ -172,12 +177,33 @@ def say_what_is_unexpected(settings: Config, optimizer: Any) -> None:
         warn_once(f"no optimizer was given: training with {settings.optimizer.type} at lr {settings.optimizer.lr}")
 
 
+def pretrained_folder(model: nn.Module) -> Path | None:
+    """Where the model's values are to be read, once: another engine will find those that it has by then.
+
+    Raises ValueError where a model of `load_hf` is a part of `model`, whose names are not those of the files.
+    """
+    for name, part in model.named_modules():
+        if name and isinstance(part, HuggingFaceNames) and part.pretrained is not None:
+            raise ValueError(f"{name} came from load_hf, and cannot be filled inside another module; legal: by itself")
+    if not isinstance(model, HuggingFaceNames):
+        return None
+    folder, model.pretrained = model.pretrained, None
+    return folder
+
+
 def shard(
-    model: nn.Module, settings: Config, comm: Communicator, device: torch.device, parallel: Parallelized
+    model: nn.Module,
+    settings: Config,
+    comm: Communicator,
+    device: torch.device,
+    parallel: Parallelized,
+    filled_later: bool,
 ) -> ZeroRuntime:
     """ZeRO over what parallelism left of the model; knows every parameter that made way for another."""
     policy = Policy.from_config(settings, device, comm.size)
-    runtime = ZeroRuntime(model, comm, policy, device, settings.train.seed, parallel.layout, parallel.pipeline)
+    runtime = ZeroRuntime(
+        model, comm, policy, device, settings.train.seed, parallel.layout, parallel.pipeline, filled_later
+    )
     runtime.replaced |= {old: runtime.replaced.get(new, new) for old, new in parallel.replaced.items()}
     return runtime
 

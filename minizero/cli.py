@@ -1,4 +1,4 @@
-"""The verbs: `minizero train | doctor | pipeline | checkpoint | verify-resume`, around `torchrun -m minizero.train`."""
+"""The verbs of `minizero`: train, doctor, pipeline, checkpoint, export, verify-resume."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from minizero.checkpoint.verbs import add_checkpoint, checkpoint_verb
+from minizero.checkpoint.verbs import add_checkpoint, add_export, checkpoint_verb, export_verb
 from minizero.config import ConfigError
 from minizero.config.load import load
 from minizero.kernels.backend import obstacle
@@ -75,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     add_pipeline(verbs)
     add_checkpoint(verbs)
+    add_export(verbs)
 
     known, overrides = parser.parse_known_args(arguments)
     if known.verb == "train":
@@ -85,6 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(overrides)}")
     if known.verb == "checkpoint":
         return checkpoint_verb(known)
+    if known.verb == "export":
+        return export_verb(known)
     return pipeline_verb(known) if known.verb == "pipeline" else doctor_verb(known.json)
 
 

@@ -1,7 +1,7 @@
 """What is in a run's folder, and what may be done with it: begin, continue, or leave a finished run alone.
 
-`run.dir` holds `config.json` (each value with its origin), `metrics.jsonl`, `checkpoints/`, and at the end `loss.png`
-and `summary.json`.
+`run.dir` holds `config.json` (each value with its origin), `tokenizer.json`, `metrics.jsonl`, `checkpoints/`, and at
+the end `loss.png` and `summary.json`.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     torchrun --standalone --nproc-per-node 2 -m minizero.train launch/configs/quickstart.toml --zero.stage 3
 
-Everything a run leaves is in `run.dir`: `config.json` (each value with its origin), `metrics.jsonl`, `checkpoints/`,
-`loss.png`, `summary.json`. Run again, it continues from its newest checkpoint; so it does after SIGTERM, before which
-all ranks finish the same step and save it.
+Everything a run leaves is in `run.dir`: `config.json` (each value with its origin), `tokenizer.json`, `metrics.jsonl`,
+`checkpoints/`, `loss.png`, `summary.json`. Run again, it continues from its newest checkpoint; so it does after
+SIGTERM, before which all ranks finish the same step and save it.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ def run(resolved: Resolved, requests: StopRequests) -> int:
     if chief:
         folder.mkdir(parents=True, exist_ok=True)
         save_resolved(resolved, folder / "config.json")
+        data.tokenizer.save(folder / "tokenizer.json")  # `minizero export` finds it beside the checkpoints
         (folder / INTERRUPTED).unlink(missing_ok=True)
     started, began = engine.global_steps, time.perf_counter()
     train(engine, data, loader, config, folder, chief, requests)

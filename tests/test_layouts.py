@@ -72,6 +72,12 @@ SAMPLE = [
     if legal(dict(zip(FEATURES, cell, strict=True))) and cell not in CELLS
 ][:8]
 
+QWEN3: list[Cell] = [  # norms of heads see a part of the heads (at tp 4 of copied ones), of the sequence, or of both
+    (2, True, "ring", 3, "full", "qwen3"),
+    (4, True, "none", 1, "selective", "qwen3"),
+    (4, False, "ulysses", 2, "partitioned", "qwen3"),
+]
+
 
 def test_the_cells_hold_every_pair():
     assert 12 <= len(CELLS) <= 24 and len(SAMPLE) == 8
@@ -82,12 +88,13 @@ def test_the_cells_hold_every_pair():
 
 
 def make(family: str, dtype: torch.dtype) -> nn.Module:
-    """12 heads of width 2: 3 per rank at tp 4, which Ulysses cuts into 2 and 1."""
+    """12 heads of width 2: 3 per rank at tp 4, which Ulysses cuts into 2 and 1. Those of a Qwen3 are wider."""
     torch.manual_seed(0)
-    kv_heads = 4 if family == "llama" else None
-    config = ModelConfig(
-        family=family, hidden_size=24, num_layers=2, num_heads=12, num_kv_heads=kv_heads, intermediate_size=37
-    )
+    sizes: dict[str, Any] = {"hidden_size": 24, "num_layers": 2, "num_heads": 12, "intermediate_size": 37}
+    if family == "qwen3":
+        config = ModelConfig(**sizes, num_kv_heads=2, head_dim=6, qk_norm=True)
+    else:
+        config = ModelConfig(family=family, **sizes, num_kv_heads=4 if family == "llama" else None)
     return randomized(build(config, VOCAB, LENGTH)).to(dtype)
 
 
@@ -138,7 +145,7 @@ def world_of(cell: Cell) -> int:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), ((torch.float32, 2e-6), (torch.float64, 1e-10)))
-@pytest.mark.parametrize("cell", [*CELLS, *SAMPLE], ids=lambda cell: "-".join(map(str, cell)))
+@pytest.mark.parametrize("cell", [*CELLS, *SAMPLE, *QWEN3], ids=lambda cell: "-".join(map(str, cell)))
 def test_a_layout_trains_as_one_process(cell, dtype, bound):
     steps = STEPS if dtype == torch.float32 else 4
     losses, norms = train_plainly(cell[-1], dtype, steps)

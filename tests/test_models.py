@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from minizero.config.schema import ModelConfig
 from minizero.models import MODELS, build
@@ -21,6 +22,8 @@ SIZES = {
     "llama": {"hidden_size": 42, "num_layers": 3, "num_heads": 3, "intermediate_size": 57, "rope_theta": 500.0},
     "llama-gqa": {"hidden_size": 60, "num_layers": 2, "num_heads": 6, "num_kv_heads": 2, "norm_eps": 1e-3},
     "llama-mqa": {"hidden_size": 30, "num_layers": 2, "num_heads": 3, "num_kv_heads": 1},
+    "llama-wide": {"hidden_size": 36, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 14},
+    "llama-qwen3": {"hidden_size": 35, "num_layers": 2, "num_heads": 3, "head_dim": 8, "qk_norm": True},
     "gpt2": {"hidden_size": 39, "num_layers": 3, "num_heads": 3, "norm_eps": 1e-3},
     "gpt2-wide": {"hidden_size": 20, "num_layers": 1, "num_heads": 4, "intermediate_size": 33},
 }
@@ -45,13 +48,15 @@ def reference(config: ModelConfig, model: nn.Module) -> nn.Module:
                 tie_word_embeddings=config.tie_embeddings,
             )
         )
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
+    kind = "Qwen3" if config.qk_norm else "Llama"
+    return getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(
             vocab_size=VOCAB,
             hidden_size=config.hidden_size,
             num_hidden_layers=config.num_layers,
             num_attention_heads=config.num_heads,
             num_key_value_heads=config.num_kv_heads or config.num_heads,
+            head_dim=config.head_dim or config.hidden_size // config.num_heads,
             intermediate_size=model.model.layers[0].mlp.up_proj.out_features,
             rms_norm_eps=config.norm_eps,
             tie_word_embeddings=config.tie_embeddings,
@@ -67,7 +72,7 @@ class WideRMSNorm(nn.RMSNorm):
 def without_rounding_norms(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, LlamaRMSNorm):
+            if isinstance(child, LlamaRMSNorm | Qwen3RMSNorm):
                 norm = WideRMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=child.weight.dtype)
                 norm.weight = child.weight
                 setattr(module, name, norm)
@@ -222,6 +227,9 @@ def test_dropout_acts_only_in_training() -> None:
     [
         ({"family": "llama", "dropout": 0.1}, "model.dropout = 0.1"),
         ({"family": "llama", "hidden_size": 45, "num_heads": 3}, "head width"),
+        ({"family": "llama", "head_dim": 7}, r"model.head_dim .* = 7 is odd"),
+        ({"family": "gpt2", "head_dim": 32}, "model.head_dim = 32"),
+        ({"family": "gpt2", "qk_norm": True}, "model.qk_norm = true"),
         ({"family": "gpt2", "num_heads": 4, "num_kv_heads": 2}, "model.num_kv_heads = 2"),
     ],
 )

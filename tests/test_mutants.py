@@ -75,6 +75,17 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     "pruning comes before the commit": (
         "checkpoint/save.py", "        body = json.dumps(",
         "        prune(self.folder, self.retention.keep or 9)\n        body = json.dumps(", f"{COMMIT} -k before_it"),
+    "what our models do not have is read over": (
+        "models/hf.py", "if name in config and config[name] not in legal:", "if False:", "test_hf.py -k what_our_models"),
+    "gradients of heads' norms are not summed": (
+        "models/llama.py", '        "model.layers.*.self_attn.k_norm": "partial",\n', "", "test_layouts.py -k qwen3"),
+    "a model is filled again": (
+        "api.py", "folder, model.pretrained = model.pretrained, None", "folder = model.pretrained", "test_hf.py -k filled_once"),
+    "an export is rounded": (
+        "checkpoint/export.py", "path, manifest, DTYPES[precision], limit)", "path, manifest, DTYPES['bf16'], limit)",
+        "test_hf.py -k same_bits"),
+    "an export leaves its half behind": (
+        "checkpoint/export.py", "        shutil.rmtree(temporary, ignore_errors=True)\n", "", "test_hf.py -k whole_or_not"),
 }  # fmt: skip
 
 

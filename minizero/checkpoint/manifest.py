@@ -58,10 +58,11 @@ class ParameterFacts(_Part):
 
 
 class BufferFacts(_Part):
-    """A buffer's shape, and the file that has it."""
+    """A buffer's shape, the file that has it, and whether it belongs to the model's state, or is computed anew."""
 
     shape: tuple[NonNegativeInt, ...]
     file: FileName
+    persistent: bool = True
 
 
 class FileFacts(_Part):
@@ -122,6 +123,7 @@ class Manifest(_Part):
 
     Attributes:
         config_hash: sha256 of the settings. versions: of packages. optimizer: the name of the update.
+        model: as HuggingFace's `config.json` has it; None for one that is unknown there.
         scaler, scheduler, param_groups: as their objects give them. client_state: the caller's.
     """
 
@@ -130,6 +132,7 @@ class Manifest(_Part):
     versions: dict[str, str]
     layout: Layout
     config_hash: str
+    model: dict[str, Any] | None = None
     counters: Counters
     scaler: dict[str, Any]
     scheduler: dict[str, Any] | None

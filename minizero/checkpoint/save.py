@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minizero.checkpoint.files import (
     LATEST,
@@ -42,7 +42,10 @@ from minizero.checkpoint.files import (
 from minizero.checkpoint.manifest import FORMAT, framed, parse
 from minizero.checkpoint.state import TrainingState, everyone
 from minizero.checkpoint.tensor_file import Entry, write_tensors
+from minizero.checkpoint.weights import persistent_buffers
 from minizero.dist.collectives import Communicator
+from minizero.models.hf import HuggingFaceNames
+from minizero.parallel.foreign import is_foreign
 from minizero.utils.files import write_atomically
 
 
@@ -187,6 +190,7 @@ def json_header(state: TrainingState, tag: str, client_state: dict[str, Any]) ->
         "versions": {name: version(name) for name in ("minizero", "torch", "safetensors")},
         "layout": state.layout.model_dump(),
         "config_hash": state.config_hash,
+        "model": hf_config_of(state.module),
         "counters": state.counters,
         "scaler": state.optimizer.scaler.state_dict(),
         "scheduler": state.scheduler.state_dict() if state.scheduler is not None else None,
@@ -202,18 +206,29 @@ def json_header(state: TrainingState, tag: str, client_state: dict[str, Any]) ->
     return header
 
 
+def hf_config_of(module: nn.Module) -> dict[str, Any] | None:
+    """The model as HuggingFace's `config.json` has it; None where it is neither ours nor one of transformers."""
+    if isinstance(module, HuggingFaceNames):
+        return module.hf_config()
+    if is_foreign(module):
+        config: Any = module.config
+        return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [type(module).__name__]}
+    return None
+
+
 def own_entries(state: TrainingState) -> tuple[list[Entry], dict[str, Any]]:
     """This rank's file: its tensors, and what the manifest says of them."""
     held = list(state.held())
     entries = [Entry(one.key, one.values) for one in held]
     buffers = dict(state.module.named_buffers()) if state.is_first_replica else {}
+    persistent = persistent_buffers(state.module)
     entries += [Entry(f"buffer/{name}", buffer.detach()) for name, buffer in buffers.items()]
     entries += [Entry(key, values) for key, values in state.random_states().items()]
     facts = {
         "boxes": [[one.kind, one.name, [list(side) for side in one.piece.box]] for one in held],
         "parameters": {name: {"shape": list(shard.shape)} for name, shard in state.shards().items()},
         "scalars": state.scalars(),
-        "buffers": {name: list(buffer.shape) for name, buffer in buffers.items()},
+        "buffers": {n: {"shape": list(b.shape), "persistent": n in persistent} for n, b in buffers.items()},
     }
     return entries, facts
 
@@ -231,8 +246,8 @@ def merged(files: list[dict[str, Any]]) -> dict[str, Any]:
         for name, facts in file["parameters"].items():
             if parameters.setdefault(name, facts)["shape"] != facts["shape"]:
                 raise CheckpointError(f"{name} has two shapes, {parameters[name]['shape']} and {facts['shape']}")
-        for name, shape in file["buffers"].items():
-            buffers.setdefault(name, {"shape": shape, "file": file["file"]})
+        for name, facts in file["buffers"].items():
+            buffers.setdefault(name, {**facts, "file": file["file"]})
     for file in files:
         for name, scalars in file["scalars"].items():
             if parameters[name].setdefault("scalars", scalars) != scalars:

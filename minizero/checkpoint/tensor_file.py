@@ -50,14 +50,19 @@ HASHES: dict[str, Callable[[], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": h
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor that is to be written: any strides, any device."""
+    """A tensor that is to be written: any strides, any device.
+
+    Attributes:
+        make: gives the values when it is their turn to be written; `values`, on the meta device, is what they are like.
+    """
 
     key: str
     values: Tensor
+    make: Callable[[], Tensor] | None = None
 
 
 def write_tensors(path: Path, entries: Sequence[Entry], checksum: str = "xxh3_128") -> dict[str, Any]:
-    """Write `entries` to `path` and make them survive a power cut; at most one of them is copied at a time.
+    """Write `entries` to `path` and make them survive a power cut; at most one of them is copied, or made, at a time.
 
     Returns what a manifest says of the file: its name, size in bytes, and `checksum` (a key of `HASHES`) of its bytes.
     """
@@ -87,7 +92,7 @@ def _parts(text: bytes, entries: Iterable[Entry]) -> Iterator[memoryview]:
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for entry in entries:
         if entry.values.numel():
-            yield _bytes_of(entry.values.detach().cpu().contiguous())
+            yield _bytes_of((entry.values if entry.make is None else entry.make()).detach().cpu().contiguous())
 
 
 def _write_all(file: Any, part: memoryview) -> None:

@@ -1,4 +1,4 @@
-"""`minizero checkpoint ls | inspect | verify | diff`: what a person asks of a folder."""
+"""`minizero checkpoint ls | inspect | verify | diff | export`: what a person asks of a folder."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import argparse
 import json
 from pathlib import Path
 
+from minizero.checkpoint.export import export_hf
 from minizero.checkpoint.files import CheckpointError
 from minizero.checkpoint.inspect import describe, diff, listing, resolve, verify
 from minizero.checkpoint.manifest import Layout
+from minizero.zero.policy import DTYPES
 
 VERBS = {
     "ls": "the checkpoints of a folder or run, newest first",
@@ -28,10 +30,28 @@ def add_checkpoint(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -
         if name == "diff":
             action.add_argument("other", type=Path)
         action.add_argument("--json", action="store_true", help="print one JSON object")
+    add_export(inner)
+
+
+def add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The arguments of `minizero export`, which is `minizero checkpoint export` too."""
+    export = verbs.add_parser("export", help="write a checkpoint as a folder of HuggingFace's", allow_abbrev=False)
+    export.add_argument("path", type=Path, help="a checkpoint, a folder of them, or a run")
+    export.add_argument("out", type=Path, help="the new folder")
+    export.add_argument("--format", choices=["hf"], default="hf", help="hf: safetensors, config.json, tokenizer files")
+    export.add_argument(
+        "--dtype", choices=[*DTYPES], help="of the weights; that in which the run computed unless given"
+    )
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file: 5GB unless given")
+    export.add_argument(
+        "--tokenizer", type=Path, metavar="PATH", help="tokenizer.json or folder; the run's unless given"
+    )
 
 
 def checkpoint_verb(options: argparse.Namespace) -> int:
     """Do it; returns the exit code: 1 for damage, and for checkpoints that differ."""
+    if options.action == "export":
+        return export_verb(options)
     try:
         return {"ls": _ls, "inspect": _inspect, "verify": _verify, "diff": _diff}[options.action](options)
     except CheckpointError as error:
@@ -40,6 +60,16 @@ def checkpoint_verb(options: argparse.Namespace) -> int:
         else:
             print(f"minizero checkpoint: {error}")
         return 1
+
+
+def export_verb(options: argparse.Namespace) -> int:
+    """Write the folder and say what is in it; returns the exit code."""
+    more = {"dtype": options.dtype, "max_shard_size": options.max_shard_size, "tokenizer": options.tokenizer}
+    try:
+        print("\n".join(export_hf(options.path, options.out, **more)))
+    except (ValueError, OSError, CheckpointError) as error:
+        raise SystemExit(f"minizero export: {error}") from None
+    return 0
 
 
 def _ls(options: argparse.Namespace) -> int:

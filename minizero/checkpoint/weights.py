@@ -7,7 +7,7 @@ model that was built on the meta device is filled without any rank ever holding 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 
@@ -22,10 +22,12 @@ from minizero.dist.boxes import Box, pieces, whole_box
 from minizero.dist.collectives import Communicator
 from minizero.dist.links import Links
 from minizero.dist.sharding import TensorShard
+from minizero.models.hf import HuggingFaceNames
 from minizero.zero.runtime import ZeroRuntime
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # HuggingFace's: name -> file
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SHOWN = 3  # names in an error message
 
 
@@ -91,31 +93,41 @@ def persistent_buffers(module: nn.Module) -> set[str]:
 class WeightFiles:
     """Tensors by name in a safetensors file, or in a folder with `model.safetensors` or HuggingFace's index of several.
 
-    Attributes:
-        path: what the user named. shapes: of every tensor.
+    Args:
+        path: what the user named. rename: the model's name of what a file calls so; None: it is not wanted.
 
-    Raises CheckpointError naming the file that is missing, damaged, or without a tensor that the index has in it.
+    Attributes:
+        shapes: of every tensor, by the model's name.
+
+    Raises CheckpointError naming the file that is missing, damaged, or without a tensor that the index has in it, and a
+    tensor that is there under two names.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rename: Callable[[str], str | None] = lambda name: name) -> None:
         self.path = path
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._holders: dict[str, TensorFile] = {}
-        for file, names in files_behind(path).items():
+        self._places: dict[str, tuple[TensorFile, str]] = {}
+        for file, keys in files_behind(path).items():
             holder = TensorFile(file)
-            if absent := sorted(set(names) - holder.places.keys()):
+            if absent := sorted(set(keys) - holder.places.keys()):
                 raise CheckpointError(f"{file} lacks {shown(absent)}, which {path / INDEX} has in it")
-            for name in names or holder.places:
-                self.shapes[name] = holder.shape(name)
-                self._holders[name] = holder
+            for key in keys or holder.places:
+                if (name := rename(key)) is None:
+                    continue
+                if name in self._places:
+                    raise CheckpointError(f"{path} has {name} twice: as {self._places[name][1]} and as {key}")
+                self.shapes[name] = holder.shape(key)
+                self._places[name] = holder, key
 
     def read(self, name: str, box: Box) -> Tensor:
         """The elements of tensor `name` in `box`, in the file's dtype."""
-        return self._holders[name].read(name, box)
+        holder, key = self._places[name]
+        return holder.read(key, box)
 
     def read_part(self, name: str, shard: TensorShard, start: int, stop: int) -> Tensor:
         """[stop - start] elements [start, stop) of a rank's part of tensor `name`, flattened; nothing else is read."""
-        values = torch.empty(stop - start, dtype=self._holders[name].dtype(name))
+        holder, key = self._places[name]
+        values = torch.empty(stop - start, dtype=holder.dtype(key))
         for piece in pieces(shard, start, stop):
             piece.within(values, start).copy_(self.read(name, piece.box))
         return values
@@ -129,6 +141,11 @@ def files_behind(path: Path) -> dict[Path, list[str]]:
         return {path / WHOLE: []}
     index = path / INDEX
     if not index.is_file():
+        if pickled := next((name for name in PICKLED if (path / name).is_file()), None):
+            raise CheckpointError(
+                f"{path / pickled} is pickled, and reading it may run anything: legal is {WHOLE} or {INDEX}, which "
+                "transformers' from_pretrained(...) and then save_pretrained(...) write of it, where it is trusted"
+            )
         raise CheckpointError(f"{path} is neither a .safetensors file nor a folder with {WHOLE} or {INDEX}")
     try:
         weight_map = dict(json.loads(index.read_text())["weight_map"])
@@ -150,10 +167,11 @@ def load_weights(runtime: ZeroRuntime, module: nn.Module, path: Path, world: Com
     """
     names = tied_names(module)
     elsewhere = names_elsewhere(runtime, module, names)
-    everyone(world, runtime.device, lambda: check_weights(WeightFiles(path), runtime, module, names, elsewhere))
+    rename = module.own_name if isinstance(module, HuggingFaceNames) else lambda name: name
+    everyone(world, runtime.device, lambda: check_weights(WeightFiles(path, rename), runtime, module, names, elsewhere))
     runtime.unwind()
     runtime.comm.settle()  # peers may still read the shards that change now
-    everyone(world, runtime.device, lambda: fill(WeightFiles(path), runtime, module, names))
+    everyone(world, runtime.device, lambda: fill(WeightFiles(path, rename), runtime, module, names))
 
 
 def tied_names(module: nn.Module) -> dict[nn.Parameter, list[str]]:

@@ -38,7 +38,8 @@ class RunConfig(Section):
 
 class ModelConfig(Section):
     family: Literal["llama", "gpt2"] = "llama"
-    """Architecture: `llama` (RMSNorm, RoPE, SwiGLU, GQA) or `gpt2` (LayerNorm, learned positions, GELU)."""
+    """Architecture: `llama` (RMSNorm, RoPE, SwiGLU, GQA; Qwen3 with `qk_norm`) or `gpt2` (LayerNorm, learned positions,
+    GELU)."""
     hidden_size: int = Field(256, ge=1)
     """Width of the residual stream."""
     num_layers: int = Field(4, ge=1)
@@ -47,6 +48,10 @@ class ModelConfig(Section):
     """Attention heads."""
     num_kv_heads: int | None = Field(None, ge=1)
     """Key/value heads (llama): None means as many as `num_heads`."""
+    head_dim: int | None = Field(None, ge=1)
+    """Width of a head (llama): None means `hidden_size` / `num_heads`."""
+    qk_norm: bool = False
+    """RMSNorm over each head of queries and keys (llama), as Qwen3 has it."""
     intermediate_size: int | None = Field(None, ge=1)
     """Width of the MLP: None means 4 x hidden (gpt2), or 8/3 x hidden rounded up to 32 (llama)."""
     rope_theta: float = Field(10000.0, gt=0)
@@ -64,7 +69,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
-        if self.hidden_size % self.num_heads:
+        if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.num_heads % (self.num_kv_heads or self.num_heads):
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -49,6 +50,17 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         self.backend.save(str(path))
+
+    def hf_config(self, longest: int | None) -> dict[str, Any]:
+        """What `tokenizer_config.json` says beside the file of `save`, for a model of up to `longest` tokens."""
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": SEPARATOR,
+            "eos_token": SEPARATOR,
+            "unk_token": SEPARATOR,  # nothing is unknown to bytes, but CTranslate2 asks, and GPT-2's says this
+            "clean_up_tokenization_spaces": False,  # else decoding would change text
+            **({} if longest is None else {"model_max_length": longest}),
+        }
 
     @property
     def vocab_size(self) -> int:

@@ -8,7 +8,7 @@ Shape suffixes: B batch, S sequence, H hidden, N heads, D head width, V vocabula
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from minizero.config.schema import ModelConfig
 from minizero.models.dropout import Dropout
+from minizero.models.hf import HuggingFaceNames, to_hf
 from minizero.models.layers import (
     INIT_STD,
     CausalAttention,
@@ -30,7 +31,7 @@ from minizero.models.layers import (
 from minizero.utils.forward import running
 
 
-class GPT2(nn.Module):
+class GPT2(nn.Module, HuggingFaceNames):
     """The decoder with its language-model head: see `minizero.models.build` for what goes in and out.
 
     Learned positions end at `max_sequence_length`; a longer input raises ValueError.
@@ -66,10 +67,17 @@ class GPT2(nn.Module):
     context_inputs: ClassVar[tuple[str, ...]] = ("input_ids", "labels", "position_ids")
     """Arguments whose dim 1 is the sequence; labels are the tokens that follow."""
 
+    hf_base: ClassVar[str] = "transformer"
+
     def __init__(self, config: ModelConfig, vocab_size: int, max_sequence_length: int) -> None:
         super().__init__()
         if config.num_kv_heads not in (None, config.num_heads):
             raise ValueError(f"model.num_kv_heads = {config.num_kv_heads}: a gpt2 has as many as num_heads")
+        if config.head_dim not in (None, config.hidden_size // config.num_heads):
+            raise ValueError(f"model.head_dim = {config.head_dim}: a gpt2's heads have hidden_size / num_heads")
+        if config.qk_norm:
+            raise ValueError("model.qk_norm = true has no effect on a gpt2; legal: false")
+        self.settings, self.vocab_size, self.max_sequence_length = config, vocab_size, max_sequence_length
         self.transformer = Transformer(config, vocab_size, max_sequence_length)
         self.lm_head = Linear(config.hidden_size, vocab_size, std=INIT_STD)
         self.loss = SummedCrossEntropy()
@@ -81,6 +89,11 @@ class GPT2(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         logits_BSV = self.lm_head(self.transformer(input_ids, position_ids))
         return logits_BSV if labels is None else self.loss(logits_BSV, labels)
+
+    def hf_config(self) -> dict[str, Any]:
+        """See `HuggingFaceNames.hf_config`."""
+        found = to_hf("gpt2", "GPT2LMHeadModel", self.settings, self.vocab_size, self.max_sequence_length)
+        return found | dict(self.origin)
 
 
 class Transformer(nn.Module):

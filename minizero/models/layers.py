@@ -152,9 +152,10 @@ def positions_and_documents(input_ids: Tensor, position_ids: Tensor | None) -> t
     return torch.arange(input_ids.shape[1], device=input_ids.device), None
 
 
-def split_heads(x_BSE: Tensor, head_dim: int) -> Tensor:
-    """(B, S, N·D) -> (B, N, S, D)."""
-    return x_BSE.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+def split_heads(x_BSE: Tensor, head_dim: int, norm: nn.Module | None = None) -> Tensor:
+    """(B, S, N·D) -> (B, N, S, D), each head normed by `norm`."""
+    x_BSND = x_BSE.unflatten(-1, (-1, head_dim))
+    return (x_BSND if norm is None else norm(x_BSND)).transpose(1, 2)
 
 
 class SummedCrossEntropy(nn.Module, UsesKernels):

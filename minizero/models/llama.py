@@ -1,13 +1,15 @@
 """The Llama decoder (Touvron et al., arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, grouped-query attention.
 
-Names and layouts of the parameters are those of HuggingFace's `LlamaForCausalLM`, so weights move either way unchanged.
+With `qk_norm`, that of Qwen3 (arXiv 2505.09388), which norms each head's queries and keys before they are turned.
+Names and layouts of the parameters are those of HuggingFace's `LlamaForCausalLM` and `Qwen3ForCausalLM`, so weights
+move either way unchanged.
 
 Shape suffixes: B batch, S sequence, H hidden, N query heads, M key/value heads, D head width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from minizero.config.schema import ModelConfig
 from minizero.kernels import rope, swiglu
 from minizero.kernels.backend import UsesKernels
+from minizero.models.hf import HuggingFaceNames, to_hf
 from minizero.models.layers import (
     CausalAttention,
     Embedding,
@@ -29,7 +32,7 @@ Rope = tuple[Tensor, Tensor]
 """Cosine and sine of the rotary angles, each (B or 1, 1, S, E) with E = D/2: one angle per pair of elements."""
 
 
-class Llama(nn.Module):
+class Llama(nn.Module, HuggingFaceNames):
     """The decoder with its language-model head: see `minizero.models.build` for what goes in and out.
 
     Rotary positions set no limit of their own, so `max_sequence_length` is only what the model is meant for.
@@ -43,6 +46,8 @@ class Llama(nn.Module):
         "model.layers.*.self_attn.q_proj": "colwise",
         "model.layers.*.self_attn.k_proj": "colwise_kv",
         "model.layers.*.self_attn.v_proj": "colwise_kv",
+        "model.layers.*.self_attn.q_norm": "partial",
+        "model.layers.*.self_attn.k_norm": "partial",
         "model.layers.*.self_attn.o_proj": "rowwise",
         "model.layers.*.post_attention_layernorm": "sequence",
         "model.layers.*.mlp": "region",
@@ -60,18 +65,20 @@ class Llama(nn.Module):
     context_inputs: ClassVar[tuple[str, ...]] = ("input_ids", "labels", "position_ids")
     """Arguments whose dim 1 is the sequence; labels are the tokens that follow."""
 
+    hf_base: ClassVar[str] = "model"
+
     def __init__(self, config: ModelConfig, vocab_size: int, max_sequence_length: int) -> None:
         super().__init__()
         if config.dropout:
             raise ValueError(f"model.dropout = {config.dropout} has no effect on a llama; legal: 0")
         if config.attention_dropout:
             raise ValueError(f"model.attention_dropout = {config.attention_dropout} has no effect on a llama; legal: 0")
-        if (head_dim := config.hidden_size // config.num_heads) % 2:
+        if (width := head_width(config)) % 2:
             raise ValueError(
-                f"model.hidden_size / model.num_heads = {head_dim} is odd, but rotary positions turn pairs: "
+                f"model.head_dim (or hidden_size / num_heads) = {width} is odd, but rotary positions turn pairs: "
                 "choose sizes that give an even head width"
             )
-        self.max_sequence_length = max_sequence_length
+        self.settings, self.vocab_size, self.max_sequence_length = config, vocab_size, max_sequence_length
         self.model = Decoder(config, vocab_size)
         self.lm_head = Linear(config.hidden_size, vocab_size)
         self.loss = SummedCrossEntropy()
@@ -84,13 +91,21 @@ class Llama(nn.Module):
         logits_BSV = self.lm_head(self.model(input_ids, position_ids))
         return logits_BSV if labels is None else self.loss(logits_BSV, labels)
 
+    def hf_config(self) -> dict[str, Any]:
+        """See `HuggingFaceNames.hf_config`."""
+        config, kind = self.settings, "qwen3" if self.settings.qk_norm else "llama"
+        sizes = {"head_dim": head_width(config), "intermediate_size": mlp_width(config)}
+        config = config.model_copy(update={**sizes, "num_kv_heads": config.num_kv_heads or config.num_heads})
+        architecture = f"{kind.capitalize()}ForCausalLM"
+        return to_hf(kind, architecture, config, self.vocab_size, self.max_sequence_length) | dict(self.origin)
+
 
 class Decoder(nn.Module):
     """Embedding, layers and final norm: tokens to hidden states."""
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        self.head_dim = config.hidden_size // config.num_heads
+        self.head_dim = head_width(config)
         self.rope_theta = config.rope_theta
         self.embed_tokens = Embedding(vocab_size, config.hidden_size, std=config.hidden_size**-0.5)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
@@ -129,18 +144,19 @@ class Attention(nn.Module, UsesKernels):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        hidden = config.hidden_size
-        self.head_dim = hidden // config.num_heads
-        kv_size = self.head_dim * (config.num_kv_heads or config.num_heads)
-        self.q_proj = Linear(hidden, hidden)
+        hidden, self.head_dim = config.hidden_size, head_width(config)
+        size, kv_size = (self.head_dim * n for n in (config.num_heads, config.num_kv_heads or config.num_heads))
+        self.q_proj = Linear(hidden, size)
         self.k_proj = Linear(hidden, kv_size)
         self.v_proj = Linear(hidden, kv_size)
-        self.o_proj = Linear(hidden, hidden, std=0.0)  # a block begins as the identity
+        self.o_proj = Linear(size, hidden, std=0.0)  # a block begins as the identity
+        norm = (lambda: RMSNorm(self.head_dim, config.norm_eps)) if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
         self.attend = CausalAttention(eager=config.attention == "eager")
 
     def forward(self, x_BSH: Tensor, angles: Rope, documents_BS: Tensor | None = None) -> Tensor:
-        q_BNSD = split_heads(self.q_proj(x_BSH), self.head_dim)
-        k_BMSD = split_heads(self.k_proj(x_BSH), self.head_dim)
+        q_BNSD = split_heads(self.q_proj(x_BSH), self.head_dim, self.q_norm)
+        k_BMSD = split_heads(self.k_proj(x_BSH), self.head_dim, self.k_norm)
         q_BNSD, k_BMSD = rope(q_BNSD, k_BMSD, *angles, backend=self.kernels)
         v_BMSD = split_heads(self.v_proj(x_BSH), self.head_dim)
         return self.o_proj(self.attend(q_BNSD, k_BMSD, v_BMSD, documents_BS))
@@ -151,7 +167,7 @@ class MLP(nn.Module, UsesKernels):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width = config.intermediate_size or default_mlp_width(config.hidden_size)
+        width = mlp_width(config)
         self.gate_proj = Linear(config.hidden_size, width)
         self.up_proj = Linear(config.hidden_size, width)
         self.down_proj = Linear(width, config.hidden_size, std=0.0)  # a block begins as the identity
@@ -160,9 +176,14 @@ class MLP(nn.Module, UsesKernels):
         return self.down_proj(swiglu(self.gate_proj(x_BSH), self.up_proj(x_BSH), backend=self.kernels))
 
 
-def default_mlp_width(hidden_size: int) -> int:
-    """8/3 of the hidden size, rounded up to 32: three matrices then cost what a classic MLP's two of width 4H do."""
-    return -(-8 * hidden_size // (3 * 32)) * 32
+def head_width(config: ModelConfig) -> int:
+    """D, as given or hidden_size / num_heads."""
+    return config.head_dim or config.hidden_size // config.num_heads
+
+
+def mlp_width(config: ModelConfig) -> int:
+    """As given, or 8/3 of the hidden size, rounded up to 32: three matrices cost what a classic MLP's two of 4H do."""
+    return config.intermediate_size or -(-8 * config.hidden_size // (3 * 32)) * 32
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float, like: Tensor) -> Rope:

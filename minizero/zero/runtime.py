@@ -50,6 +50,7 @@ class ZeroRuntime:
         policy: stage, dtypes, overlap.
         seed: of the initialization of meta parameters.
         tensor: what tensor parallelism did to the model, where it did. pipeline: what is left of it to this stage.
+        filled_later: leave meta parameters at zero, since whoever makes the engine reads their values from files.
 
     Raises ValueError when the model has no trainable parameter (a stage of it may have none), one that cannot be
     initialized, or an engine already.
@@ -64,6 +65,7 @@ class ZeroRuntime:
         seed: int = 0,
         tensor: TensorLayout | None = None,
         pipeline: PipelineLayout | None = None,
+        filled_later: bool = False,
     ) -> None:
         if pipeline is None and not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{type(model).__name__} has no trainable parameter")
@@ -84,7 +86,7 @@ class ZeroRuntime:
             pipeline.replace(self.replaced)
         tied = set(pipeline.ties) if pipeline is not None else set()
         self.units = [Unit(spec, comm, device, policy, tensor, pipeline) for spec in find_units(model, tied)]
-        self._load(uninitialized, seed)
+        self._load(uninitialized, seed, filled_later)
         self.gatherer: ParameterGatherer | None = None
         self.reducer = GradientReducer(self.units, policy, self._unit_done, self._before_reduce)
         if policy.shards_parameters and comm.size > 1:
@@ -111,10 +113,11 @@ class ZeroRuntime:
             for index, parameter in enumerate(group.parameters)
         }
 
-    def _load(self, uninitialized: set[nn.Parameter], seed: int) -> None:
+    def _load(self, uninitialized: set[nn.Parameter], seed: int, filled_later: bool) -> None:
         places = self.locate()
         initializers = self.tensor.initializers if self.tensor is not None else {}
-        for parameter, value in initial_values(self.model, uninitialized, self.device, seed, initializers):
+        drawn = set() if filled_later else uninitialized
+        for parameter, value in initial_values(self.model, drawn, self.device, seed, initializers):
             _, group, index = places[parameter]
             group.load(index, value if self.tensor is None else self.tensor.shard(parameter).cut(value))
         for parameter, (unit, group, index) in places.items():
