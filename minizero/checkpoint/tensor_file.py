@@ -41,7 +41,7 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000  # bytes, as the library has it: no header may take more memory than this
 ALIGNMENT = 8  # of the first tensor's bytes
-BLOCK = 1 << 22  # bytes that are read at once where they are only hashed
+BLOCK = 1 << 20  # bytes that are hashed and written, or read and hashed, together: what a core's cache holds
 HASHES: dict[str, Callable[[], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
 
 
@@ -81,8 +81,10 @@ def write_tensors(path: Path, entries: Sequence[Entry], checksum: str = "xxh3_12
     digest, written = HASHES[checksum](), 0
     with open(path, "xb", buffering=0) as file:
         for part in _parts(text, entries):
-            digest.update(part)
-            _write_all(file, part)
+            for low in range(0, len(part), BLOCK):
+                block = part[low : low + BLOCK]
+                digest.update(block)
+                _write_all(file, block)
             written += len(part)
         os.fsync(file.fileno())
     return {"file": path.name, "bytes": written, checksum: digest.hexdigest()}
@@ -108,9 +110,10 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 def hash_file(path: Path, checksum: str) -> str:
     """`checksum` of the bytes of `path`, in hexadecimal."""
     digest = HASHES[checksum]()
+    block = memoryview(bytearray(BLOCK))
     with open(path, "rb", buffering=0) as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
+        while count := file.readinto(block):
+            digest.update(block[:count])
     return digest.hexdigest()
 
 
