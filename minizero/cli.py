@@ -58,10 +58,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"minizero {_version('minizero')}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    usage = "minizero train CONFIG [--nproc N] [--json] [--a.b VALUE ...]   (settings: python -m minizero.train --help)"
+    usage = "minizero train CONFIG [--nproc N] [--max-restarts N] [--json] [--a.b VALUE ...]"
+    usage += "   (settings: python -m minizero.train --help)"
     train = verbs.add_parser("train", help="show the torchrun line, or run it", allow_abbrev=False, usage=usage)
     train.add_argument("config", help="TOML or JSON file; further --a.b VALUE override its settings")
     train.add_argument("--nproc", help="run on this many processes here; `auto`: one per GPU, or 2 on CPUs")
+    train.add_argument("--max-restarts", type=int, default=0, metavar="N", help="of all ranks, after one has died (0)")
     train.add_argument("--json", action="store_true", help="print one JSON object: the summary of the run, or the line")
 
     resume = verbs.add_parser("verify-resume", help="kill a run, continue it, compare bit by bit", allow_abbrev=False)
@@ -79,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     known, overrides = parser.parse_known_args(arguments)
     if known.verb == "train":
-        return train_verb(known.config, known.nproc, known.json, overrides)
+        return train_verb(known, overrides)
     if known.verb == "verify-resume":
         return verify_resume_verb(known, overrides)
     if overrides:
@@ -91,10 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
     return pipeline_verb(known) if known.verb == "pipeline" else doctor_verb(known.json)
 
 
-def train_verb(config: str, nproc: str | None, as_json: bool, overrides: list[str]) -> int:
-    """Print the torchrun line, or with `nproc` run it; returns the exit code."""
-    processes = default_processes() if nproc in (None, "auto") else _positive(nproc)
-    interrupted = None
+def train_verb(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Print the torchrun line, or with `--nproc` run it; returns the exit code."""
+    config: str = options.config
+    processes = default_processes() if options.nproc in (None, "auto") else _positive(options.nproc)
+    interrupted, earlier = None, 0
     try:
         resolved = load(config, overrides)
     except ConfigError:
@@ -103,24 +106,44 @@ def train_verb(config: str, nproc: str | None, as_json: bool, overrides: list[st
         if multiplies_bf16_fast() and resolved.origins["precision"] == "default":
             overrides = ["--precision", "bf16", *overrides]
         interrupted = Path(resolved.config.run.dir) / INTERRUPTED
-    arguments = ["--standalone", "--nproc-per-node", str(processes), "-m", "minizero.train", config, *overrides]
+        earlier = written(interrupted)
+    launcher = [*placement(), "--nproc-per-node", str(processes)]
+    if options.max_restarts:
+        launcher += ["--max-restarts", str(options.max_restarts)]
+    arguments = [*launcher, "-m", "minizero.train", config, *overrides]
     line = shlex.join(["torchrun", *arguments])
-    if nproc is None:
-        print(json.dumps({"command": line}) if as_json else line)
+    if options.nproc is None:
+        print(json.dumps({"command": line}) if options.json else line)
         return 0
-    if not as_json:
+    if not options.json:
         print(line, flush=True)
-        return requeued(launch(arguments, processes), interrupted)
+        return requeued(launch(arguments, processes), interrupted, earlier)
     with contextlib.redirect_stdout(sys.stderr), everything_to_stderr():
-        code = requeued(launch(arguments, processes), interrupted)
+        code = requeued(launch(arguments, processes), interrupted, earlier)
     summary = Path(resolved.config.run.dir) / "summary.json" if code == 0 else None
     print(json.dumps({"command": line, "exit_code": code, **(json.loads(summary.read_text()) if summary else {})}))
     return code
 
 
-def requeued(code: int, interrupted: Path | None) -> int:
-    """torchrun's exit code, or `REQUEUE` for a run that was stopped by a signal and has saved its step."""
-    return REQUEUE if code and interrupted is not None and interrupted.is_file() else code
+def placement() -> list[str]:
+    """torchrun's options for one machine, unless the environment names several nodes.
+
+    torchrun reads every option also from PET_*, which `launch/multinode.sh` and Kubeflow's Trainer set.
+    """
+    return [] if "PET_NNODES" in os.environ else ["--standalone"]
+
+
+def written(file: Path) -> int:
+    """When `file` was written, in nanoseconds; 0 where there is none."""
+    return file.stat().st_mtime_ns if file.is_file() else 0
+
+
+def requeued(code: int, interrupted: Path | None, earlier: int) -> int:
+    """torchrun's exit code, or `REQUEUE` for a run that was stopped by a signal and has saved its step.
+
+    A word that was left `earlier` is not this run's: one that cannot begin must not ask to be started again for ever.
+    """
+    return REQUEUE if code and interrupted is not None and written(interrupted) > earlier else code
 
 
 def verify_resume_verb(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -167,6 +190,7 @@ def multiplies_bf16_fast() -> bool:
 def launch(arguments: list[str], processes: int) -> int:
     """Run torchrun in this process, without the tracebacks that it adds to what the ranks have said themselves."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # all are passed on
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         torchrun.main(arguments)

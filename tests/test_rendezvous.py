@@ -9,6 +9,7 @@ import time
 import pytest
 import torch.distributed as dist
 
+from minizero.dist import positions
 from minizero.dist.rendezvous import agree_on_attempt
 
 
@@ -54,3 +55,17 @@ def test_alone_is_at_once():
     assert agree_on_attempt(store, 0, 1, 1.0) != agree_on_attempt(store, 0, 1, 1.0)
     with pytest.raises(TimeoutError, match=r"ranks \[1, 2\] of 3 did not come within 0.1 s"):
         agree_on_attempt(store, 0, 3, 0.1)
+
+
+def test_a_store_that_does_not_answer_holds_nobody_up(monkeypatch):
+    """Behind a cable that was cut, a store's client waits for ever: the rank must end all the same."""
+
+    class Gone:
+        def set(self, key: str, value: str) -> None:
+            threading.Event().wait()
+
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", Gone)
+    monkeypatch.setattr(positions, "STORE_ANSWERS", 0.2)
+    began = time.monotonic()
+    assert "store's host does not answer" in positions.where_everyone_is([0, 1], 1, "waits for a test")
+    assert time.monotonic() - began < 5

@@ -49,7 +49,10 @@ every = 2
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A folder with a small corpus and a config."""
-    folder = tmp_path_factory.mktemp("train")
+    return furnish(tmp_path_factory.mktemp("train"))
+
+
+def furnish(folder: Path) -> Path:
     (folder / "corpus").mkdir()
     for number in range(12):
         lines = [f"import module_{number * line % 7}\nvalue_{line} = {number} + {line}\n" for line in range(40)]
