@@ -145,7 +145,11 @@ def world_of(cell: Cell) -> int:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), ((torch.float32, 2e-6), (torch.float64, 1e-10)))
-@pytest.mark.parametrize("cell", [*CELLS, *SAMPLE, *QWEN3], ids=lambda cell: "-".join(map(str, cell)))
+@pytest.mark.parametrize(
+    "cell",
+    [*CELLS, *QWEN3, *(pytest.param(cell, marks=pytest.mark.soak) for cell in SAMPLE)],
+    ids=lambda cell: "-".join(map(str, cell)),
+)
 def test_a_layout_trains_as_one_process(cell, dtype, bound):
     steps = STEPS if dtype == torch.float32 else 4
     losses, norms = train_plainly(cell[-1], dtype, steps)
