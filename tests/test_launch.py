@@ -241,6 +241,20 @@ def test_a_cut_cable_ends_every_rank_and_every_agent(place, two):
 
 @pytest.mark.soak
 @needs_nodes
+def test_a_drained_first_node_stops_both_and_both_go_on(place, two):
+    """Only the node with the store is told to stop; the other one's agent then has nobody to ask, and still says 75."""
+    more = arguments(place, "drained", "--train.steps", "400", "--checkpoint.every", "0")
+    running = [start_elastic(two, node, place, more) for node in range(2)]
+    wait_until(lambda: len(steps(place / "drained")) > 9, 90, "ten steps")
+    running[0].terminate()
+    assert [process.wait(60) for process in running] == [REQUEUE, REQUEUE], said(two)
+    running = [start_elastic(two, node, place, more) for node in range(2)]
+    assert [process.wait(120) for process in running] == [0, 0], said(two)
+    assert steps(place / "drained") == list(range(1, 401))
+
+
+@pytest.mark.soak
+@needs_nodes
 def test_a_lost_node_is_done_without(place, two):
     """One of 1:2 nodes: the other goes on from the newest checkpoint, with the same global batch, to the same end."""
     more = arguments(place, "lost", "--train.steps", "200", "--checkpoint.every", "20")
@@ -272,7 +286,7 @@ STUBS = {
     esac""",
     # One process per node, all signalled by scancel and none by srun; the highest exit code is srun's.
     "srun": """highest=0 tasks=()
-    for node in 0 1; do SLURM_NODEID=$node SLURM_STEP_ID=0 "$@" & tasks+=($!); done
+    for node in 0 1; do SLURM_NODEID=$node "$@" & tasks+=($!); done
     for task in "${tasks[@]}"; do code=0; wait "$task" || code=$?; ((code > highest)) && highest=$code; done
     exit "$highest" """,
     "scancel": """echo "scancel $*" >> "$LOG"; kill -TERM $(cat "$LOG".pids)""",
