@@ -14,8 +14,8 @@ allowed="${JOIN_LIMIT:-900}"    # seconds before the first ones: all nodes have 
 
 "$@" &
 agent=$!
-pass_on() { # a second one would break off the agent's own waiting; Slurm signals every process of a step itself
-    [[ -n ${SLURM_STEP_ID:-} ]] || kill "-$1" "$agent" 2>/dev/null || true
+pass_on() { # unless the agent has it already (train.sbatch): a second one would break off its waiting for the ranks
+    [[ -n ${SIGNALS_REACH_ALL:-} ]] || kill "-$1" "$agent" 2>/dev/null || true
 }
 trap 'pass_on TERM' TERM INT HUP # INT too as TERM: a command in the background takes no notice of it
 trap 'pass_on USR1' USR1

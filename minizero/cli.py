@@ -18,9 +18,11 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch.distributed import DistError
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from minizero.checkpoint.verbs import add_checkpoint, add_export, checkpoint_verb, export_verb
 from minizero.config import ConfigError
@@ -201,6 +203,9 @@ def launch(arguments: list[str], processes: int) -> int:
         return 1
     except SignalException as error:
         return 128 + error.sigval
+    except (RendezvousError, DistError) as error:  # between attempts: the node with the store is gone, or nobody comes
+        print(f"minizero: the nodes cannot find one another: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

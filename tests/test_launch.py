@@ -193,13 +193,14 @@ def test_two_nodes_train_to_the_end(place, two):
 @needs_nodes
 def test_two_nodes_with_fixed_numbers(place, two):
     """As Kubeflow's Trainer sets them; a rank that dies is replaced here too."""
-    more = arguments(place, "fixed", "--train.steps", "60")
+    more = arguments(place, "fixed", "--train.steps", "400", "--checkpoint.every", "20")
     numbers = {"PET_NNODES": "2", "PET_MASTER_ADDR": address(0), "PET_MASTER_PORT": "29500"}
     running = [start(two, node, place, more, **numbers, PET_NODE_RANK=str(node)) for node in range(2)]
-    wait_until(lambda: len(steps(place / "fixed")) > 4, 90, "five steps")
+    wait_until(lambda: len(steps(place / "fixed")) > 29, 90, "thirty steps")
     os.kill(ranks_of(running[1])[0], signal.SIGKILL)
     assert [process.wait(120) for process in running] == [0, 0], said(two)
-    assert sorted(set(steps(place / "fixed"))) == list(range(1, 61)) and "continuing from" in said(two)
+    assert sorted(set(steps(place / "fixed"))) == list(range(1, 401))
+    assert "continuing from" in two.said(0)
 
 
 def ended(pids: list[int]) -> bool:
@@ -216,9 +217,9 @@ def ended(pids: list[int]) -> bool:
 @pytest.mark.soak
 @needs_nodes
 def test_a_cut_cable_ends_every_rank_and_every_agent(place, two):
-    more = arguments(place, "cut", "--train.steps", "100000", "--train.eval_every", "0")
+    more = arguments(place, "cut", "--train.steps", "100000", "--checkpoint.every", "0")
     running = [start_elastic(two, node, place, more) for node in range(2)]
-    wait_until((place / "cut" / "checkpoints" / "latest").is_file, 90, "the first checkpoint")
+    wait_until(lambda: len(steps(place / "cut")) > 9, 90, "ten steps")
     ranks = [ranks_of(process) for process in running]
     assert [len(found) for found in ranks] == [1, 1]
     two.cut(1)
@@ -240,11 +241,25 @@ def test_a_cut_cable_ends_every_rank_and_every_agent(place, two):
 
 @pytest.mark.soak
 @needs_nodes
+def test_a_drained_first_node_stops_both_and_both_go_on(place, two):
+    """Only the node with the store is told to stop; the other one's agent then has nobody to ask, and still says 75."""
+    more = arguments(place, "drained", "--train.steps", "400", "--checkpoint.every", "0")
+    running = [start_elastic(two, node, place, more) for node in range(2)]
+    wait_until(lambda: len(steps(place / "drained")) > 9, 90, "ten steps")
+    running[0].terminate()
+    assert [process.wait(60) for process in running] == [REQUEUE, REQUEUE], said(two)
+    running = [start_elastic(two, node, place, more) for node in range(2)]
+    assert [process.wait(120) for process in running] == [0, 0], said(two)
+    assert steps(place / "drained") == list(range(1, 401))
+
+
+@pytest.mark.soak
+@needs_nodes
 def test_a_lost_node_is_done_without(place, two):
     """One of 1:2 nodes: the other goes on from the newest checkpoint, with the same global batch, to the same end."""
-    more = arguments(place, "lost", "--train.steps", "200", "--train.eval_every", "0")
+    more = arguments(place, "lost", "--train.steps", "200", "--checkpoint.every", "20")
     running = [start_elastic(two, node, place, more, "1:2") for node in range(2)]
-    wait_until(lambda: len(steps(place / "lost")) > 9, 120, "ten steps")
+    wait_until(lambda: len(steps(place / "lost")) > 29, 120, "thirty steps")
     kill_tree(running[1])
     seconds = wait_until(lambda: "over 1 ranks" in two.said(0), 60, "a world of one")
     print(f"training again {seconds:.1f} s after the node was lost")
@@ -271,7 +286,7 @@ STUBS = {
     esac""",
     # One process per node, all signalled by scancel and none by srun; the highest exit code is srun's.
     "srun": """highest=0 tasks=()
-    for node in 0 1; do SLURM_NODEID=$node SLURM_STEP_ID=0 "$@" & tasks+=($!); done
+    for node in 0 1; do SLURM_NODEID=$node "$@" & tasks+=($!); done
     for task in "${tasks[@]}"; do code=0; wait "$task" || code=$?; ((code > highest)) && highest=$code; done
     exit "$highest" """,
     "scancel": """echo "scancel $*" >> "$LOG"; kill -TERM $(cat "$LOG".pids)""",
