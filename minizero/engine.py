@@ -536,7 +536,7 @@ class Engine:
                 latest=save_latest,
                 retention=retention,
                 checksum=settings.checksum,
-                copy=settings.asynchronous,
+                buffers=self._background.buffers if settings.asynchronous else None,
                 comm=self._background.comm if settings.asynchronous else None,
             )
             if settings.asynchronous:

@@ -85,7 +85,7 @@ def copy_then_train(folder: str) -> bool:
     engine = build(2, precision="bf16")
     run(engine, 0, 2)
     engine.save_checkpoint(folder, tag="at_once")
-    copied = prepare(engine._state(), Path(folder), "copied", {}, copy=True)
+    copied = prepare(engine._state(), Path(folder), "copied", {}, buffers={})
     run(engine, 2, 4)
     copied.run()
     return engine.global_steps == 4

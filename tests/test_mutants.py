@@ -35,7 +35,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "checkpoint/save.py", "            files = everyone(self.comm, self.device, self._write)\n",
         "            files = [self._write()] * self.comm.size\n", f"{RESUME} -k bitwise"),
     "a background save takes no copy": (
-        "checkpoint/save.py", "host_copy(entry.values)) for", "entry.values) for", f"{COMMIT} -k asked_at"),
+        "checkpoint/save.py", "kept.copy_(values)", "values", f"{COMMIT} -k asked_at"),
     "moments are not saved": (
         "checkpoint/state.py", "                    tensors[key] = value\n", "", f"{RESUME} -k bitwise"),
     "step numbers of the optimizer are not loaded": (

@@ -138,13 +138,14 @@ def prepare(
     latest: bool = True,
     retention: Retention = KEEP_ALL,
     checksum: str = "xxh3_128",
-    copy: bool = False,
+    buffers: dict[str, Tensor] | None = None,
     comm: Communicator | None = None,
 ) -> Save:
     """What a save of `state` as `folder/tag` will write; collective.
 
     Args:
-        copy: take a copy of every tensor, so that training may go on. comm: where ranks meet meanwhile.
+        buffers: take a copy of every tensor, so that training may go on, in these, which the next save may have again.
+        comm: where ranks meet meanwhile.
 
     Raises ValueError for a tag that is no plain name, and for what JSON cannot hold; CheckpointError on every rank
     when they do not agree on the tag.
@@ -159,8 +160,8 @@ def prepare(
     if len(set(tags)) > 1:
         raise CheckpointError(f"ranks give different tags for one checkpoint: {', '.join(tags)} in rank order")
     entries, facts = own_entries(state)
-    if copy:
-        entries = [Entry(entry.key, host_copy(entry.values)) for entry in entries]
+    if buffers is not None:
+        entries = [host_copy(entry, buffers) for entry in entries]
     return Save(
         folder=folder,
         tag=tag,
@@ -177,9 +178,12 @@ def prepare(
     )
 
 
-def host_copy(values: Tensor) -> Tensor:
-    """A contiguous copy of `values` in host memory."""
-    return torch.empty(values.shape, dtype=values.dtype).copy_(values.detach())
+def host_copy(entry: Entry, buffers: dict[str, Tensor]) -> Entry:
+    """The same in host memory: in the buffer of its key, which is made where there is none that fits."""
+    values, kept = entry.values.detach(), buffers.get(entry.key)
+    if kept is None or kept.shape != values.shape or kept.dtype != values.dtype:
+        kept = buffers[entry.key] = torch.empty(values.shape, dtype=values.dtype)
+    return Entry(entry.key, kept.copy_(values))
 
 
 def json_header(state: TrainingState, tag: str, client_state: dict[str, Any]) -> dict[str, Any]:
@@ -260,9 +264,14 @@ class Background:
 
     Args:
         apart: makes the process group that its ranks meet in; called once, on the first save; collective.
+
+    Attributes:
+        buffers: what is copied into. They stay, since memory that is asked for anew is touched page by page, which takes
+            longer than the copy.
     """
 
     def __init__(self, apart: Callable[[], Communicator]) -> None:
+        self.buffers: dict[str, Tensor] = {}
         self._apart = apart
         self._comm: Communicator | None = None
         self._thread: threading.Thread | None = None
