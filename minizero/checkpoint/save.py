@@ -266,8 +266,8 @@ class Background:
         apart: makes the process group that its ranks meet in; called once, on the first save; collective.
 
     Attributes:
-        buffers: what is copied into. They stay, since memory that is asked for anew is touched page by page, which takes
-            longer than the copy.
+        buffers: what is copied into. They stay, since memory that is asked for anew is touched page by page, which
+            takes longer than the copy.
     """
 
     def __init__(self, apart: Callable[[], Communicator]) -> None:
