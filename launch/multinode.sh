@@ -14,7 +14,7 @@
 #   MASTER_PORT       29500
 #   LOCAL_ADDR        the address under which the other nodes reach this one; that of --interface, or of its host name
 #   RUN_ID            minizero; two runs with one endpoint need two
-#   NO_WORKER_LIMIT   20: seconds after which a node without live ranks gives up (supervise.sh); more where nodes that
+#   NO_WORKER_LIMIT   20: seconds after which a node without live ranks gives up (supervise.py); more where nodes that
 #                     died come back later than that
 #   JOIN_LIMIT        900: seconds that the nodes have to find one another
 #   GRACE             120: seconds that ranks have to save after SIGTERM
@@ -54,4 +54,5 @@ else
     export PET_RDZV_CONF="timeout=$JOIN_LIMIT"
 fi
 
-exec "$here/supervise.sh" "${PYTHON:-python}" -m minizero train --nproc auto --max-restarts 3 "$@"
+python="${PYTHON:-python}"
+exec "$python" "$here/supervise.py" "$python" -m minizero train --nproc auto --max-restarts 3 "$@"
