@@ -539,8 +539,12 @@ class Communicator:
 
     def _work(self, description: str) -> Work:
         def where(here: str) -> str:
-            position = f"in step {self.ledger.step} waits for {here.partition(': ')[2]}"
-            return where_everyone_is(self._ranks, self.rank, position)
+            """Asked once a step: calls that were under way fail too, one by one, while the step is given up."""
+            step = self.ledger.step
+            if self.ledger.asked[0] != step:
+                position = f"in step {step} waits for {here.partition(': ')[2]}"
+                self.ledger.asked = step, where_everyone_is(self._ranks, self.rank, position)
+            return self.ledger.asked[1]
 
         self.ledger.last.append(description)
         return Work(description, where, self.ledger)

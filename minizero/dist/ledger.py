@@ -38,6 +38,7 @@ class CommLedger:
 
     Attributes:
         step: optimizer steps made. waited: seconds spent waiting for peers so far. last: the latest calls, newest last.
+        asked: in which step a call failed, and where every rank was then.
     """
 
     counts: dict[tuple[str, str, str, str], Count] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class CommLedger:
     step: int = 0
     waited: float = 0.0
     last: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_CALLS))
+    asked: tuple[int, str] = (-1, "")
     _taken: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def record(self, axis: str, operation: str, unit: str, payload: int, wire: int) -> None:
