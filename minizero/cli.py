@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -36,6 +35,7 @@ from minizero.parallel.pipeline.schedules import SCHEDULES, build
 from minizero.parallel.pipeline.simulate import Costs, Timeline, simulate
 from minizero.parallel.pipeline.validate import validate
 from minizero.run_folder import INTERRUPTED, REQUEUE
+from minizero.utils.versions import installed
 from minizero.verify_resume import verify_resume
 
 PACKAGES = (
@@ -57,7 +57,7 @@ WIDEST_GRID = 240
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return the exit code."""
     parser = argparse.ArgumentParser(prog="minizero", description="ZeRO training on torch.distributed.")
-    parser.add_argument("--version", action="version", version=f"minizero {_version('minizero')}")
+    parser.add_argument("--version", action="version", version=f"minizero {installed('minizero')}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     usage = "minizero train CONFIG [--nproc N] [--max-restarts N] [--json] [--a.b VALUE ...]"
@@ -214,7 +214,7 @@ def doctor_verb(as_json: bool) -> int:
     report = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: installed(name) for name in PACKAGES},
         "cpu_cores": os.cpu_count(),
         "cpu_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
@@ -311,13 +311,6 @@ def schedules_and_timelines(options: argparse.Namespace) -> tuple[list[Schedule]
         names = options.schedule.split(",")
         schedules = [build(name, *size, costs, options.memory_limit, options.kept) for name in names]
     return schedules, [simulate(schedule, costs) for schedule in schedules]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _positive(text: str) -> int:

@@ -41,8 +41,9 @@ from minizero.report import bits_per_byte, report
 from minizero.run_folder import INTERRUPTED, REQUEUE, checkpoint_folder, finish_save, finished_steps, save
 from minizero.utils.files import write_atomically
 from minizero.zero.optimizer import NonFiniteError
+from minizero.zero.replicas import ReplicaError
 
-EXPECTED = (ValueError, OSError, CheckpointError, minizero.CollectiveError, FloatingPointError)
+EXPECTED = (ValueError, OSError, CheckpointError, minizero.CollectiveError, FloatingPointError, ReplicaError)
 HEAD_START = 4.0  # seconds in which rank 0 says what all ranks have to say
 
 
@@ -106,14 +107,14 @@ def run(resolved: Resolved, requests: StopRequests) -> int:
         data.tokenizer.save(folder / "tokenizer.json")  # `minizero export` finds it beside the checkpoints
         (folder / INTERRUPTED).unlink(missing_ok=True)
     started, began = engine.global_steps, time.perf_counter()
-    train(engine, data, loader, config, folder, chief, requests)
-    if requests.received:
-        say_interrupted(engine, folder, requests.received, chief)
-    else:
+    is_stopped = train(engine, data, loader, config, folder, chief, requests)
+    if is_stopped and chief:
+        say_interrupted(engine, folder, requests.received or signal.SIGTERM)
+    elif not is_stopped:
         report(engine, data, config, folder, chief, started, time.perf_counter() - began)
     engine.destroy()
     dist.destroy_process_group()
-    return REQUEUE if requests.received else 0
+    return REQUEUE if is_stopped else 0
 
 
 def resume(engine: minizero.Engine, data: PreparedData, config: Config, checkpoints: Path | None) -> None:
@@ -173,10 +174,11 @@ def train(
     folder: Path,
     chief: bool,
     requests: StopRequests,
-) -> None:
+) -> bool:
     """The loop: one global batch, one line of metrics, now and then a checkpoint or an evaluation.
 
-    Ends early when its time is over, or a rank was told to stop: `requests` then says so on all of them.
+    Ends early when its time is over, or a rank was told to stop, which is what it returns: the same on all ranks. A
+    signal that comes after the last exchange finds the work done, and changes nothing.
     """
     settings, batches = config.train, iter(loader)
     start, began = engine.global_steps, time.perf_counter()
@@ -186,14 +188,13 @@ def train(
     if progress is not None:
         progress.__enter__()
     pulse, busy = Pulse(engine.world, engine.device, ranks_alike(config)), None
-    limit = settings.time_limit or math.inf
+    limit, is_stopped = settings.time_limit or math.inf, False
     try:
         while engine.global_steps < settings.steps:
             beat = pulse.beat(stop=requests.received > 0, over=time.perf_counter() - began > limit, busy=busy)
             if chief:
                 say_slow(beat.slow, engine)
-            if beat.stop:
-                requests.received = requests.received or signal.SIGTERM
+            is_stopped = beat.stop
             if beat.stop or beat.over:
                 break
             before, waited = time.perf_counter(), engine.ledger.waited
@@ -216,6 +217,7 @@ def train(
     if engine.global_steps != saved:
         save(engine, data.fingerprint, folder, config)
     finish_save(engine, config)
+    return is_stopped
 
 
 def step(engine: minizero.Engine, loader: TokenLoader, batches: Iterator[Batch]) -> float:
@@ -246,12 +248,11 @@ def say_slow(ranks: list[int], engine: minizero.Engine) -> None:
         )
 
 
-def say_interrupted(engine: minizero.Engine, folder: Path, received: int, chief: bool) -> None:
+def say_interrupted(engine: minizero.Engine, folder: Path, received: int) -> None:
     """Leave word for whoever starts jobs: this one wants to be started again."""
-    if chief:
-        name = signal.Signals(received).name
-        write_atomically(folder / INTERRUPTED, json.dumps({"step": engine.global_steps, "signal": name}))
-        print(f"minizero: stopped by {name} after step {engine.global_steps}, which is saved; the same command goes on")
+    name = signal.Signals(received).name
+    write_atomically(folder / INTERRUPTED, json.dumps({"step": engine.global_steps, "signal": name}))
+    print(f"minizero: stopped by {name} after step {engine.global_steps}, which is saved; the same command goes on")
 
 
 def step_record(engine: minizero.Engine, loss: float, seconds: float) -> dict:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from test_layouts import VOCAB, batches
 from test_tensor_parallel import randomized
 from torch import Tensor, nn
-from training import relative_error, run_steps
+from training import refused_everywhere, relative_error, run_steps
 
 import minizero
 from minizero.config.schema import ModelConfig
@@ -172,3 +172,19 @@ def test_all_pairs(tmp_path, family, names, steps):
                 assert (losses, norms) == tuple(series[:steps] for series in expected[source])
     held = {key.partition("/")[0] for key in saved[names[0]][0]}
     assert held == {"master", "exp_avg", "exp_avg_sq"}
+
+
+def load_deeper(folder: str) -> None:
+    """A checkpoint of four layers, into a pipeline of two."""
+    layout = Layout(2, 1, pp=2, accumulation=3)
+    config = ModelConfig(hidden_size=24, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=37)
+    model = build(config.model_copy(update={"tie_embeddings": True}), VOCAB, LENGTH)
+    minizero.initialize(model=model, config=settings(layout))[0].load_checkpoint(folder, tag="pp2-1")
+
+
+def test_what_no_stage_has_is_refused(tmp_path):
+    """Each stage has only a part of the model, and would not miss the rest."""
+    run_distributed(save, 2, "pp2-1", "llama", str(tmp_path))
+    refused_everywhere(
+        load_deeper, 2, r"of another model: parameter 'model.layers.2.\S+' is only in the checkpoint", str(tmp_path)
+    )

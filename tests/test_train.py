@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from minizero import train
 from minizero.checkpoint.inspect import diff, listing
+from minizero.observe.pulse import StopRequests
 from minizero.verify_resume import metric_differences, random_differences, verify_resume
 
 ROOT = Path(__file__).parents[1]
@@ -265,3 +266,24 @@ def test_a_straggler_is_named(place):
     said, _ = run_distributed(call_slow_main, 2, str(place), arguments)
     (line,) = [line for line in said.splitlines() if "more slowly" in line]
     assert re.match(r"minizero: rank \[1\] computes more slowly than the others do \(step 1\d\)", line)
+
+
+def call_with_a_late_signal(folder: str, arguments: list[str]) -> int:
+    """`main` on a rank that is told to stop when its last step is done already: the second one alone."""
+    asked, plain = StopRequests(), train.finish_save
+
+    def late(*given):
+        plain(*given)
+        asked.received = signal.SIGTERM if os.environ["RANK"] == "1" else 0
+
+    os.chdir(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "finish_save", late)
+        return train.main(arguments, asked)
+
+
+def test_a_signal_after_the_last_step_changes_nothing(place):
+    shared = ["--data.source", str(place / "corpus"), "--data.dir", str(place / "data"), "--train.steps", "1"]
+    arguments = [str(place / "tiny.toml"), *shared, "--run.dir", "late"]
+    assert run_distributed(call_with_a_late_signal, 2, str(place), arguments) == [0, 0]
+    assert (place / "late" / "summary.json").is_file() and not (place / "late" / "interrupted.json").exists()

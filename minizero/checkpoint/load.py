@@ -6,7 +6,6 @@ time. Before that the files' checksums are taken, each by one rank.
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -104,19 +103,27 @@ def verified(state: TrainingState, path: Path, *, optimizer: bool) -> Manifest:
     Raises CheckpointError on every rank.
     """
 
-    def check() -> str:
+    def check() -> dict[str, Any]:
         manifest = read_manifest(path)
         check_fit(state, path, manifest, optimizer=optimizer)
         if state.world.rank == 0:
             check_presence(path, {file.file: file.bytes for file in manifest.files})
         for file in manifest.files[state.world.rank :: state.world.size]:
             check_content(path, file)
-        return json.dumps([[file.file, *file.checksum] for file in manifest.files])
+        return {
+            "files": [[file.file, *file.checksum] for file in manifest.files],
+            "parameter": list(state.shards()),
+            "buffer": [name for name, _ in state.module.named_buffers()],
+        }
 
     seen = everyone(state.world, state.runtime.device, check)
-    if len(set(seen)) > 1:
+    if any(of_rank["files"] != seen[0]["files"] for of_rank in seen):
         raise CheckpointError(f"{path / MANIFEST} is not the same for all ranks: is {path.parent} one file system?")
-    return read_manifest(path)
+    manifest = read_manifest(path)
+    for what, held in (("parameter", manifest.parameters), ("buffer", manifest.buffers)):
+        if left := sorted(held.keys() - {name for of_rank in seen for name in of_rank[what]}):
+            raise CheckpointError(f"{path} is of another model: {what} {left[0]!r} is only in the checkpoint")
+    return manifest
 
 
 def check_content(folder: Path, facts: FileFacts) -> None:
@@ -138,26 +145,17 @@ def check_fit(state: TrainingState, path: Path, manifest: Manifest, *, optimizer
     groups = len(manifest.param_groups), len(state.optimizer.param_groups)
     if optimizer and groups[0] != groups[1]:
         raise CheckpointError(f"{path} has {groups[0]} param groups, this run has {groups[1]}")
-    pipelined = state.runtime.pipeline is not None  # then other ranks have what this one has not
     held = {name: facts.shape for name, facts in manifest.parameters.items()}
-    wanted = {name: shard.shape for name, shard in state.shards().items()}
-    check_same_shapes(path, "parameter", held, wanted, partial=pipelined)
+    check_shapes(path, "parameter", held, {name: shard.shape for name, shard in state.shards().items()})
     buffers = {name: facts.shape for name, facts in manifest.buffers.items()}
-    own = {name: tuple(buffer.shape) for name, buffer in state.module.named_buffers()}
-    check_same_shapes(path, "buffer", buffers, own, partial=pipelined)
+    check_shapes(path, "buffer", buffers, {name: tuple(b.shape) for name, b in state.module.named_buffers()})
 
 
-def check_same_shapes(
-    path: Path, what: str, held: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], *, partial: bool
-) -> None:
-    """Raise CheckpointError naming the first parameter or buffer that is in only one of the two, or has two shapes.
-
-    With `partial` this run's are only a part of what it has.
-    """
-    for name in sorted(wanted.keys() if partial else held.keys() | wanted.keys()):
-        if name not in held or name not in wanted:
-            where = "this run" if name not in held else "the checkpoint"
-            raise CheckpointError(f"{path} is of another model: {what} {name!r} is only in {where}")
+def check_shapes(path: Path, what: str, held: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError naming the first parameter or buffer of this rank that is not held, or in another shape."""
+    for name in sorted(wanted):
+        if name not in held:
+            raise CheckpointError(f"{path} is of another model: {what} {name!r} is only in this run")
         if held[name] != wanted[name]:
             raise CheckpointError(f"{path}: {what} {name!r} has shape {held[name]}, this run's has {wanted[name]}")
 

@@ -22,7 +22,6 @@ import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,7 @@ from minizero.dist.collectives import Communicator
 from minizero.models.hf import HuggingFaceNames
 from minizero.parallel.foreign import is_foreign
 from minizero.utils.files import write_atomically
+from minizero.utils.versions import installed
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def json_header(state: TrainingState, tag: str, client_state: dict[str, Any]) ->
     header = {
         "format": FORMAT,
         "tag": tag,
-        "versions": {name: version(name) for name in ("minizero", "torch", "safetensors")},
+        "versions": {name: installed(name) or "not installed" for name in ("minizero", "torch")},
         "layout": state.layout.model_dump(),
         "config_hash": state.config_hash,
         "model": hf_config_of(state.module),
