@@ -1,7 +1,7 @@
 """Ranks that die, freeze, go astray or disagree: the others say so in time, and what resumes is the same run, bitwise.
 
 A trial forks its ranks (`faults.py`), kills one at a place drawn from a seed, and runs the job again on what is left.
-The long campaigns are in `make soak`; `python tests/test_faults.py COUNT SEED` prints the table of one.
+The long campaigns are in `make soak`; `PYTHONPATH=. python tests/test_faults.py COUNT SEED` writes down one.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faults import EVERY, ON_FIRST_RANK, POINTS, STEPS, Ended, Job, Kill, Nursery, logged
 
+from benchmarks.interleave import write_result
 from minizero.checkpoint.inspect import listing
 
 TRIALS = 40
@@ -221,36 +223,42 @@ def test_a_damaged_checkpoint_is_passed_over_only_when_asked(nursery, tmp_path):
     assert "Falling back to" in again[0].words
 
 
-def campaign(count: int, seed: int) -> int:
-    """Run `count` trials of seed `seed`, print what happened; the number of failures."""
-    chance, points, failures, slowest, began = random.Random(seed), Counter(), 0, 0.0, time.monotonic()
+def campaign(count: int, seed: int) -> dict[str, Any]:
+    """Run trials of seed `seed` until somebody was killed in `count` of them; what happened."""
+    chance, places, failed, slowest, began = random.Random(seed), Counter(), [], 0.0, time.monotonic()
     folder, kills = Path(tempfile.mkdtemp()), 0
     with Nursery() as nursery:
         while kills < count:
             name, kill = draw(chance)
             more = [draw_for(name, chance) for _ in range(chance.choice((0, 0, 0, 1, 2)))]
             problem, ended = trial(nursery, folder, name, kill, *more)
-            failures += bool(problem)
             if problem:
-                print(f"FAILED {name} {kill} {more}: {problem}", flush=True)
+                failed.append(f"{name} {kill} {more}: {problem}")
+                print(f"FAILED {failed[-1]}", flush=True)
             if any(one.code == -kill.signal for one in ended):
                 kills += 1
-                points[kill.point, name] += 1
+                places[f"{kill.point}, {name}"] += 1
                 slowest = max([slowest, *(one.seconds for one in ended)])
     shutil.rmtree(folder)
-    bound = 3 / count if not failures else float("nan")  # the rule of three
-    print(
-        f"{count} kills, seed {seed}: {failures} failures (95 % bound {bound:.2%}), {time.monotonic() - began:.0f} s, "
-        f"{len(points)} pairs of place and layout, the last survivor ended within {slowest:.2f} s"
-    )
-    return failures
+    return {
+        "kills": count,
+        "seed": seed,
+        "failed": failed,
+        "bound_95": None if failed else 3 / count,  # the rule of three
+        "seconds": time.monotonic() - began,
+        "last_survivor_seconds": slowest,
+        "places": dict(sorted(places.items())),
+    }
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(10))
 def test_five_thousand_kills(seed):
-    assert campaign(500, 100 + seed) == 0
+    assert not campaign(500, 100 + seed)["failed"]
 
 
 if __name__ == "__main__":
-    sys.exit(campaign(int(sys.argv[1]), int(sys.argv[2])) > 0)
+    found = campaign(int(sys.argv[1]), int(sys.argv[2]))
+    print({key: value if key != "places" else len(value) for key, value in found.items()})
+    print("written to", write_result("faults", found))
+    sys.exit(bool(found["failed"]))
