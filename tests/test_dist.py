@@ -13,7 +13,7 @@ from minizero.dist.collectives import Communicator
 from minizero.dist.dims import AXES, ParallelDims
 from minizero.dist.ledger import CommLedger
 from minizero.dist.mesh import build_mesh
-from minizero.dist.sharding import FlatLayout, ShardSpec, whole_box
+from minizero.dist.sharding import FlatLayout
 
 degrees = st.integers(1, 4)
 
@@ -54,11 +54,6 @@ def test_spans_hold_every_element_once(sizes, world):
             seen += part.tolist()
     assert seen == names.tolist()
     assert layout.padded_size - sum(sizes) < 32 * world + world
-
-
-def test_shard_spec_counts_its_elements():
-    assert ShardSpec("w", (3, 5), whole_box((3, 5))).numel == 15
-    assert ShardSpec("w", (3, 5), whole_box((3, 5)), flat_range=(4, 9)).numel == 5
 
 
 def communicate(sizes: tuple[int, ...], wire: torch.dtype, out: torch.dtype, transport: str) -> dict:

@@ -36,7 +36,7 @@ def verify(path: Path) -> Manifest:
     Raises CheckpointError naming the file that is not, or the tensor of which elements are missing.
     """
     manifest = read_manifest(path)
-    check_presence(path, {file.file: file.bytes for file in manifest.files})
+    check_presence(path, manifest.sizes)
     manifest.check_complete()
     for file in manifest.files:
         check_content(path, file)
@@ -58,7 +58,7 @@ def listing(folder: Path) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"tag": path.name, "latest": path == latest}
         try:
             manifest = read_manifest(path)
-            check_presence(path, {file.file: file.bytes for file in manifest.files})
+            check_presence(path, manifest.sizes)
             row |= {"step": manifest.counters.global_steps, "bytes": manifest.bytes}
             row |= {"layout": manifest.layout.model_dump(), "problem": None}
         except CheckpointError as error:

@@ -87,7 +87,7 @@ def older_whole(path: Path) -> Path | None:
         if other != path and (of_path is None or step < of_path):
             try:
                 manifest = read_manifest(other)
-                check_presence(other, {file.file: file.bytes for file in manifest.files})
+                check_presence(other, manifest.sizes)
             except CheckpointError:
                 continue
             return other
@@ -107,7 +107,7 @@ def verified(state: TrainingState, path: Path, *, optimizer: bool) -> Manifest:
         manifest = read_manifest(path)
         check_fit(state, path, manifest, optimizer=optimizer)
         if state.world.rank == 0:
-            check_presence(path, {file.file: file.bytes for file in manifest.files})
+            check_presence(path, manifest.sizes)
         for file in manifest.files[state.world.rank :: state.world.size]:
             check_content(path, file)
         return {

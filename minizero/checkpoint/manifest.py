@@ -144,9 +144,14 @@ class Manifest(_Part):
     files: tuple[FileFacts, ...]
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file, by name."""
+        return {file.file: file.bytes for file in self.files}
+
+    @property
     def bytes(self) -> int:
         """Of all files."""
-        return sum(file.bytes for file in self.files)
+        return sum(self.sizes.values())
 
     def boxes(self) -> dict[tuple[str, str], list[tuple[Box, str]]]:
         """(kind, parameter) -> [(box, file that holds it)]."""

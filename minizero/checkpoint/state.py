@@ -79,22 +79,17 @@ class TrainingState:
     def shards(self) -> dict[str, TensorShard]:
         """What tensor parallelism leaves to this rank of each of its parameters."""
         return {
-            name: self.shard_of(parameter)
+            name: self.runtime.shard_of(parameter)
             for group in self.runtime.groups
             for name, parameter in zip(group.names, group.parameters, strict=True)
         }
-
-    def shard_of(self, parameter: nn.Parameter) -> TensorShard:
-        if self.runtime.tensor is not None:
-            return self.runtime.tensor.shard(parameter)
-        return TensorShard(tuple(parameter.shape), -1, ((),), 0)
 
     def updated(self) -> Iterator[tuple[nn.Parameter, str, bool, list[Piece], int]]:
         """What this rank's optimizer updates: (slice, parameter's name, whether this rank writes it, the boxes that it
         consists of, where it begins in the flattened part)."""
         for piece, group, place in self.optimizer.slices:
             rank, span = group.owned_spans()[place]
-            shard = self.shard_of(group.parameters[span.index])
+            shard = self.runtime.shard_of(group.parameters[span.index])
             writes = group.counts and rank == self.comm.rank  # at stage 0 every rank updates everything
             yield piece, group.names[span.index], writes, [*pieces(shard, span.start, span.stop)], span.start
 
@@ -103,7 +98,7 @@ class TrainingState:
         for group in self.runtime.groups:
             if not group.trainable:
                 for index, (name, parameter) in enumerate(zip(group.names, group.parameters, strict=True)):
-                    yield name, group, index, self.shard_of(parameter)
+                    yield name, group, index, self.runtime.shard_of(parameter)
 
     def held(self) -> Iterator[Held]:
         """What this rank writes of parameters and optimizer state. Raises ValueError for state of another shape."""

@@ -191,13 +191,6 @@ def names_elsewhere(runtime: ZeroRuntime, module: nn.Module, names: dict[nn.Para
     return {name for row in rows for name in json.loads(row)}
 
 
-def shard_of(runtime: ZeroRuntime, parameter: nn.Parameter) -> TensorShard:
-    """What tensor parallelism leaves to this rank of `parameter`."""
-    if runtime.tensor is not None:
-        return runtime.tensor.shard(parameter)
-    return TensorShard(tuple(parameter.shape), -1, ((),), 0)
-
-
 def check_weights(
     files: WeightFiles,
     runtime: ZeroRuntime,
@@ -207,7 +200,7 @@ def check_weights(
 ) -> None:
     """Raise CheckpointError unless the files hold exactly the model's state, in its shapes."""
     buffers = {name: tuple(buffer.shape) for name, buffer in module.named_buffers()}
-    wanted = {name: shard_of(runtime, parameter).shape for parameter, found in names.items() for name in found}
+    wanted = {name: runtime.shard_of(parameter).shape for parameter, found in names.items() for name in found}
     missing = [" or ".join(found) for found in names.values() if not files.shapes.keys() & set(found)]
     missing += sorted(persistent_buffers(module) & buffers.keys() - files.shapes.keys())
     unknown = sorted(files.shapes.keys() - wanted.keys() - buffers.keys() - elsewhere)
@@ -225,7 +218,7 @@ def check_weights(
     for parameter, found in names.items():
         held = [name for name in found if name in files.shapes]
         for name in held[1:]:
-            check_equal(files, held[0], name, shard_of(runtime, parameter))
+            check_equal(files, held[0], name, runtime.shard_of(parameter))
 
 
 def check_equal(files: WeightFiles, first: str, second: str, shard: TensorShard) -> None:
@@ -240,7 +233,7 @@ def fill(files: WeightFiles, runtime: ZeroRuntime, module: nn.Module, names: dic
     """Put what this rank keeps in its place, one range of one parameter in memory at a time."""
     for parameter, (_, group, index) in runtime.locate().items():
         name = next(name for name in names[parameter] if name in files.shapes)
-        shard = shard_of(runtime, parameter)
+        shard = runtime.shard_of(parameter)
         for start, stop in group.needed(index):
             if start < stop:
                 group.load_range(index, start, files.read_part(name, shard, start, stop))

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 
 import torch
 from torch import Tensor
@@ -74,29 +73,6 @@ class FlatLayout:
         return tuple(spans)
 
 
-@dataclass(frozen=True)
-class ShardSpec:
-    """What this rank holds of one logical parameter, in coordinates that no layout changes.
-
-    `box` is the hyper-rectangle [start, stop) per dim that tensor and pipeline parallelism leave to this rank
-    (the whole parameter so far); `flat_range` the part of that box, flattened row by row, that ZeRO leaves to it.
-    `axes` names the mesh axes that shard it.
-    """
-
-    name: str
-    global_shape: tuple[int, ...]
-    box: tuple[tuple[int, int], ...]
-    flat_range: tuple[int, int] | None = None
-    axes: tuple[str, ...] = ()
-
-    @property
-    def numel(self) -> int:
-        """Elements held here."""
-        if self.flat_range is not None:
-            return self.flat_range[1] - self.flat_range[0]
-        return prod(stop - start for start, stop in self.box)
-
-
 def split_sizes(size: int, parts: int) -> list[int]:
     """`size` in `parts` pieces as equal as can be, the larger ones first."""
     return [size // parts + (index < size % parts) for index in range(parts)]
@@ -149,8 +125,3 @@ class TensorShard:
             for piece, (start, stop) in zip(part.split(sizes, dim=self.dim), ranges, strict=True):
                 whole.narrow(self.dim, start, stop - start).copy_(piece)
         return whole
-
-
-def whole_box(shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """The box that covers all of `shape`."""
-    return tuple((0, size) for size in shape)

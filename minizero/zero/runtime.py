@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from minizero.dist.collectives import Communicator, sum_in_order
 from minizero.dist.layout import PipelineLayout, TensorLayout
-from minizero.dist.sharding import ShardSpec, whole_box
+from minizero.dist.sharding import TensorShard
 from minizero.zero.flat import FlatGroup, total_bytes
 from minizero.zero.gather import ParameterGatherer
 from minizero.zero.graph import edges_behind, leaves_of
@@ -295,15 +295,11 @@ class ZeroRuntime:
 
     # ---- what is held where ----
 
-    def specs(self) -> list[tuple[ShardSpec, FlatGroup, int]]:
-        """For every span this rank updates: its logical coordinates, its group, and its place in `owned_spans`."""
-        found = []
-        for group in self.groups:
-            for place, (_, span) in enumerate(group.owned_spans()):
-                shape = tuple(group.parameters[span.index].shape)
-                spec = ShardSpec(group.names[span.index], shape, whole_box(shape), (span.start, span.stop), ("dp",))
-                found.append((spec, group, place))
-        return found
+    def shard_of(self, parameter: nn.Parameter) -> TensorShard:
+        """What tensor parallelism leaves to this rank of `parameter`."""
+        if self.tensor is not None:
+            return self.tensor.shard(parameter)
+        return TensorShard(tuple(parameter.shape), -1, ((),), 0)
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes held now: parameters (shards, whole buffers, wide masters) and gradients (reduced, and whole)."""
