@@ -3,19 +3,24 @@
     python -m benchmarks.checkpoint_io [--rounds 9] [--folder DIR]
 
 84 M parameters in fp32 with AdamW's two moments, sharded whole (stage 3, FSDP2). minizero takes a checksum of every
-byte and syncs every file; DCP syncs files; DeepSpeed does neither. `stall` is how long training waits for a save in the
-background. Loading is from a checkpoint of its own kind, which minizero reads twice: to verify it, and to use it.
-`more` is the peak of a process beyond its own before it saved or loaded. Saves take turns with one another, then loads
-do. Writes `benchmarks/results/checkpoint_io.json`.
+byte and syncs every file; DCP syncs files; DeepSpeed does neither. Loading is from a checkpoint of its own kind, which
+minizero reads twice: to verify it, and to use it.
+
+    stall    how long training waits for a save in the background: for the call, and where copies are taken later, for
+             them. A training step of `ROWS` rows a rank follows each, and competes with the save for two cores.
+    through  a save in the background and that step, from the call to the end of the step. step: the step alone.
+    more     the peak of a process beyond its own before its first save or load.
+
+Saves take turns with one another, then steps, then loads. Writes `benchmarks/results/checkpoint_io.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import shutil
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,15 +30,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.interleave import BASELINE, Contender, interleave, mark_imported, ratio, write_result
+from benchmarks.interleave import Contender, interleave, mark_imported, ratio, write_result
 from benchmarks.peers import ADAMW, deepspeed_json, start
 
 WORLD, WIDTH, DEPTH = 2, 2048, 20
+ROWS = 256  # of a rank, in a step
 BARS = [  # (ours, peer, largest ratio)
     ("minizero save", "dcp save", 1.0),
     ("minizero stall", "minizero save", 0.1),
     ("minizero load", "dcp load", None),
     ("minizero stall", "dcp stall", None),
+    ("minizero through", "dcp through", None),
+    ("minizero through", "minizero step", None),
     ("minizero save", "deepspeed save", None),
     ("minizero load", "deepspeed load", None),
 ]
@@ -42,33 +50,45 @@ BARS = [  # (ours, peer, largest ratio)
 class Job:
     """What a contender does once a round, in a folder of its own.
 
+    Args:
+        save, load: to and from a path; what `save` returns is called before the next one, to wait for it.
+        train: forward and backward. step: the update.
+
     Attributes:
-        before: what is not timed. facts: what is told once.
+        before: what is not timed. seconds: of a stall; None where the whole call is timed.
     """
 
-    def __init__(self, folder: str, name: str, save: Callable[[str], Any], load: Callable[[str], Any] | None) -> None:
-        self.folder, self.save, self.load, self.count = Path(folder) / name, save, load, 0
-        self.facts = {"built_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - BASELINE["import"]}
-        if load is not None:
+    def __init__(self, folder: str, name: str, act: str, save: Any, load: Any, train: Any, step: Any) -> None:
+        self.folder, self.act, self.save, self.load = Path(folder) / f"{name} {act}", act, save, load
+        self.train, self.step = train, step
+        self.count, self.seconds, self.pending = 0, None, None
+        for _ in range(4):  # a step's peak grows for a while, as freed memory is not returned
+            self.train()
+            self.step()
+        if act == "load":
             self.save(str(self.folder / "kept"))
-            dist.barrier()
-        self.pending: Any = None
 
     def before(self) -> None:
         """Finish what runs in the background, and remove what was saved."""
         if self.pending is not None:
             self.pending()
         dist.barrier()
-        if dist.get_rank() == 0 and self.load is None:
+        if dist.get_rank() == 0 and self.act != "load":
             shutil.rmtree(self.folder, ignore_errors=True)
         dist.barrier()
 
     def __call__(self) -> None:
         self.count += 1
-        if self.load is not None:
+        began = time.perf_counter()
+        if self.act == "load":
             self.load(str(self.folder / "kept"))
-        else:
+        elif self.act != "step":
             self.pending = self.save(str(self.folder / str(self.count)))
+        if self.act == "stall":
+            self.seconds = time.perf_counter() - began
+        if self.act in ("stall", "through", "step"):
+            self.train()
+            self.step()
 
 
 def model() -> nn.Module:
@@ -83,17 +103,28 @@ def build_minizero(rank: int, world: int, *, folder: str, act: str) -> Job:
     minizero.init_distributed("gloo")
     mark_imported()
     config = from_any(deepspeed_json(3) | {"optimizer": ADAMW})
-    config.checkpoint.asynchronous = act == "stall"
+    config.checkpoint.asynchronous = act in ("stall", "through")
     engine, *_ = minizero.initialize(model=model(), config=config)
-    engine.backward(engine(torch.ones(1, WIDTH)).mean())
-    engine.step()
 
     def save(path: str) -> Callable[[], None]:
         engine.save_checkpoint(path, tag="state")
         return engine.wait_for_checkpoint
 
+    def train() -> None:
+        engine.backward(engine(torch.ones(ROWS, WIDTH)).mean())
+
     load = partial(engine.load_checkpoint, tag="state")
-    return Job(folder, f"minizero {act}", save, load if act == "load" else None)
+    job = Job(folder, "minizero", act, save, load, train, engine.step)
+    if act == "stall":
+        copies = engine._background.give_back
+
+        def timed() -> None:
+            began = time.perf_counter()
+            copies()
+            job.seconds += time.perf_counter() - began
+
+        engine._background.give_back = timed
+    return job
 
 
 def build_dcp(rank: int, world: int, *, folder: str, act: str) -> Job:
@@ -110,15 +141,12 @@ def build_dcp(rank: int, world: int, *, folder: str, act: str) -> Job:
         fully_shard(layer, mesh=mesh)
     fully_shard(net, mesh=mesh)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-    net(torch.ones(1, WIDTH)).mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    apart = dist.new_group(backend="gloo") if act == "stall" else None
+    apart = dist.new_group(backend="gloo")
 
     def save(path: str) -> Callable[[], None] | None:
         weights, moments = get_state_dict(net, optimizer)
         state = {"model": weights, "optimizer": moments}
-        if act == "stall":
+        if act in ("stall", "through"):
             return dcp.async_save(state, checkpoint_id=path, process_group=apart).result
         dcp.save(state, checkpoint_id=path)
         return None
@@ -129,7 +157,14 @@ def build_dcp(rank: int, world: int, *, folder: str, act: str) -> Job:
         dcp.load(state, checkpoint_id=path)
         set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
-    return Job(folder, f"dcp {act}", save, load if act == "load" else None)
+    def train() -> None:
+        net(torch.ones(ROWS, WIDTH)).mean().backward()
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Job(folder, "dcp", act, save, load, train, step)
 
 
 def build_deepspeed(rank: int, world: int, *, folder: str, act: str) -> Job:
@@ -141,18 +176,23 @@ def build_deepspeed(rank: int, world: int, *, folder: str, act: str) -> Job:
     net = model()
     optimizer = torch.optim.AdamW(net.parameters(), **ADAMW["params"], fused=True)
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=deepspeed_json(3))
-    engine.backward(engine(torch.ones(1, WIDTH)).mean())
-    engine.step()
 
     def save(path: str) -> None:
         engine.save_checkpoint(path, tag="state")
 
+    def train() -> None:
+        engine.backward(engine(torch.ones(ROWS, WIDTH)).mean())
+
     load = partial(engine.load_checkpoint, tag="state")
-    return Job(folder, f"deepspeed {act}", save, load if act == "load" else None)
+    return Job(folder, "deepspeed", act, save, load, train, engine.step)
 
 
 BUILDS = {"minizero": build_minizero, "dcp": build_dcp, "deepspeed": build_deepspeed}
-ACTS = {"minizero": ("save", "stall", "load"), "dcp": ("save", "stall", "load"), "deepspeed": ("save", "load")}
+TURNS = [  # those that are compared run side by side; all of them together would not fit into 24 GiB
+    ["minizero save", "dcp save", "deepspeed save", "minizero stall", "dcp stall"],
+    ["minizero through", "minizero step", "dcp through"],
+    ["minizero load", "dcp load", "deepspeed load"],
+]
 
 
 def main() -> None:
@@ -164,12 +204,10 @@ def main() -> None:
     folder = tempfile.mkdtemp(dir=options.folder)
     contenders = []
     try:
-        for loads in (False, True):
+        for names in TURNS:
             turn = [
-                Contender(f"{name} {act}", partial(BUILDS[name], folder=folder, act=act), WORLD)
-                for name, acts in ACTS.items()
-                for act in acts
-                if (act == "load") == loads
+                Contender(name, partial(BUILDS[name.split()[0]], folder=folder, act=name.split()[1]), WORLD)
+                for name in names
             ]
             interleave(turn, options.rounds, 1, warmup=1)
             contenders += turn
@@ -194,7 +232,7 @@ def summarize(contenders: dict[str, Contender], folder: str) -> dict[str, Any]:
             "min_ms": min(c.milliseconds),
             "max_ms": max(c.milliseconds),
             "peak_mib": c.peak_bytes / 2**20,
-            "more_mib": (c.peak_bytes - c.facts["built_bytes"]) / 2**20,
+            "more_mib": c.more_bytes / 2**20,
             "bytes": sum(path.stat().st_size for path in (Path(folder) / name).rglob("*") if path.is_file()),
             "milliseconds": c.milliseconds,
         }

@@ -25,12 +25,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-Build = Callable[[int, int], Callable[[], Any]]  # (rank, world) -> one training step; its `before` is not timed
+# (rank, world) -> one training step. Its `before` is not timed; one that times only a part of itself has `seconds`.
+Build = Callable[[int, int], Callable[[], Any]]
 
 
 @dataclass
 class Contender:
-    """A group of `world` processes that build the same thing and run its steps on command."""
+    """A group of `world` processes that build the same thing and run its steps on command.
+
+    Attributes:
+        peak_bytes: of a process, beyond its imports. more_bytes: beyond its own peak when it had built. Largest of all.
+    """
 
     name: str
     build: Build
@@ -39,6 +44,7 @@ class Contender:
     pipes: list[Connection] = field(default_factory=list)
     milliseconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
+    more_bytes: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
     def start(self) -> None:
@@ -59,6 +65,7 @@ class Contender:
             pipe.send(steps)
         answers = [pipe.recv() for pipe in self.pipes]
         self.peak_bytes = max(answer["peak_bytes"] for answer in answers)
+        self.more_bytes = max(answer["more_bytes"] for answer in answers)
         return statistics.median(max(times) for times in zip(*(a["milliseconds"] for a in answers), strict=True))
 
     def stop(self) -> None:
@@ -76,7 +83,7 @@ def serve(build: Build, rank: int, world: int, port: int, pipe: Connection) -> N
     os.environ["MASTER_PORT"] = str(port)
     sys.stdout = open(os.devnull, "w")  # peers print as they like; our table goes through the pipe
     step = build(rank, world)
-    imported = resident_bytes()
+    imported, built = resident_bytes(), largest_resident_bytes()
     pipe.send(getattr(step, "facts", {}))  # what the build found out about itself, if anything
     while (steps := pipe.recv()) is not None:
         milliseconds = []
@@ -85,9 +92,16 @@ def serve(build: Build, rank: int, world: int, port: int, pipe: Connection) -> N
                 before()
             begin = time.perf_counter()
             step()
-            milliseconds.append(1e3 * (time.perf_counter() - begin))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        pipe.send({"milliseconds": milliseconds, "peak_bytes": peak - BASELINE.get("import", imported)})
+            seconds = getattr(step, "seconds", None)
+            milliseconds.append(1e3 * (time.perf_counter() - begin if seconds is None else seconds))
+        peak = largest_resident_bytes()
+        pipe.send(
+            {
+                "milliseconds": milliseconds,
+                "peak_bytes": peak - BASELINE.get("import", imported),
+                "more_bytes": peak - built,
+            }
+        )
 
 
 BASELINE: dict[str, int] = {}
@@ -101,6 +115,10 @@ def mark_imported() -> None:
 def resident_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def largest_resident_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def interleave(contenders: list[Contender], rounds: int, steps: int, warmup: int = 3) -> None:

@@ -221,6 +221,7 @@ class Engine:
     def _update(self, weight: float) -> None:
         samples = self.batch.micro_batch_size * self.dp_size * self._window.micro_batches
         with self.ledger.phase("step"), self.log.timer("step"):
+            self._background.give_back()
             self.result = self.optimizer.step_window(weight)
         self.global_steps += 1
         self.global_samples += samples
@@ -512,10 +513,11 @@ class Engine:
     ) -> bool:
         """Write everything that resuming needs to `save_dir/tag` (default `global_step{N}`); collective.
 
-        With `checkpoint.asynchronous` it returns once the state is copied to host memory, and writes on a thread; the
-        next save, `wait_for_checkpoint` or `destroy` then raises what went wrong. Refused in the middle of an
-        accumulation window, whose gradients are not part of a checkpoint. Raises `CheckpointError` on every rank when
-        one of them cannot write; what was saved before is then as it was.
+        With `checkpoint.asynchronous` it returns at once, and a thread writes; the next update copies what is not
+        written by then. Whoever changes weights otherwise must `wait_for_checkpoint` first. The next save,
+        `wait_for_checkpoint` or `destroy` raises what went wrong. Refused in the middle of an accumulation window,
+        whose gradients are not part of a checkpoint. Raises `CheckpointError` on every rank when one of them cannot
+        write; what was saved before is then as it was.
 
         Args:
             save_latest: have `save_dir/latest` name this one. retention: which older ones stay (default: all).
@@ -536,8 +538,7 @@ class Engine:
                 latest=save_latest,
                 retention=retention,
                 checksum=settings.checksum,
-                buffers=self._background.buffers if settings.asynchronous else None,
-                comm=self._background.comm if settings.asynchronous else None,
+                background=self._background if settings.asynchronous else None,
             )
             if settings.asynchronous:
                 self._background.start(save)

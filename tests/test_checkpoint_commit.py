@@ -80,20 +80,58 @@ def test_nothing_has_its_name_before_it_is_on_disk(tmp_path):
     assert "fsync /TEMPORARY/rank00001.safetensors" in second and not any("rename" in call for call in second)
 
 
-def copy_then_train(folder: str) -> bool:
-    """A save is prepared, training goes on, and only then is it written."""
+def write_around_updates(folder: str, written: int) -> int:
+    """A background save that writes so many tensors of each rank, takes one more, and waits for two more steps."""
     engine = build(2, precision="bf16")
     run(engine, 0, 2)
     engine.save_checkpoint(folder, tag="at_once")
-    copied = prepare(engine._state(), Path(folder), "copied", {}, buffers={})
-    run(engine, 2, 4)
-    copied.run()
-    return engine.global_steps == 4
+    background, began, trained, taken = engine._background, threading.Event(), threading.Event(), []
+    plain = background._take
+
+    def take(key: str) -> Any:
+        values = plain(key)
+        taken.append(key)
+        if len(taken) == written + 1:
+            began.set()
+            assert trained.wait(20)
+        return values
+
+    with mock.patch.object(background, "_take", take):
+        background.start(prepare(engine._state(), Path(folder), "around", {}, background=background))
+        assert began.wait(20)
+        run(engine, 2, 4)
+        trained.set()
+        background.wait()
+    return len(taken)
 
 
-def test_a_background_save_is_of_the_step_it_was_asked_at(tmp_path):
-    assert all(run_distributed(copy_then_train, 2, str(tmp_path)))
-    assert diff(tmp_path / "at_once", tmp_path / "copied") == []
+@pytest.mark.parametrize("written", (0, 7))
+def test_a_background_save_is_of_the_step_it_was_asked_at(tmp_path, written):
+    """Whether a tensor is written from where it lives, or from the copy that an update leaves."""
+    assert min(run_distributed(write_around_updates, 2, str(tmp_path), written)) > written + 7
+    assert diff(tmp_path / "at_once", tmp_path / "around") == []
+
+
+def change_a_weight_meanwhile(folder: str, is_updated: bool) -> None:
+    """The second rank's, between the save and its thread, and perhaps an update too."""
+    engine = build(1)
+    run(engine, 0, 1)
+    waiting = prepare(engine._state(), Path(folder), "changed", {}, background=engine._background)
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            engine.optimizer.slices[0][0].mul_(2.0)
+    if is_updated:
+        run(engine, 1, 2)
+    engine._background.start(waiting)
+    with pytest.raises(CheckpointError, match="rank 1: master/.* was changed while it was saved; call wait_for"):
+        engine.wait_for_checkpoint()
+    engine.save_checkpoint(folder, tag="after")
+
+
+@pytest.mark.parametrize("is_updated", (False, True))
+def test_weights_that_change_while_they_are_saved_are_refused(tmp_path, is_updated):
+    run_distributed(change_a_weight_meanwhile, 2, str(tmp_path), is_updated)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["after", "latest"]
 
 
 def save_behind_training(folder: str) -> list[str]:

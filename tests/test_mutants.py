@@ -34,8 +34,13 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     "ranks do not wait for each other's files": (
         "checkpoint/save.py", "            files = everyone(self.comm, self.device, self._write)\n",
         "            files = [self._write()] * self.comm.size\n", f"{RESUME} -k bitwise"),
-    "a background save takes no copy": (
-        "checkpoint/save.py", "kept.copy_(values)", "values", f"{COMMIT} -k asked_at"),
+    "an update does not wait for the copy": (
+        "engine.py", "            self._background.give_back()\n", "", f"{COMMIT} -k asked_at"),
+    "a tensor changes while it is written": (
+        "checkpoint/save.py", "            return self._one[", "            return values\n            return self._one[", f"{COMMIT} -k asked_at"),
+    "changed weights are saved": (
+        "checkpoint/save.py", "            if values._version != version:\n                raise",
+        "            if False:\n                raise", f"{COMMIT} -k that_change"),
     "moments are not saved": (
         "checkpoint/state.py", "                    tensors[key] = value\n", "", f"{RESUME} -k bitwise"),
     "step numbers of the optimizer are not loaded": (

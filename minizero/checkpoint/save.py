@@ -7,8 +7,10 @@ An interrupted save leaves the previous checkpoints as they were, whatever the m
 folder of the new name, and nothing that is there is ever written to. What it leaves behind has a name that begins with
 a dot and goes away with the next save.
 
-A save in the background (`Background`) copies the rank's tensors, and does all the rest on a thread, through a process
-group that nothing else uses. One such save runs at a time.
+A save in the background (`Background`) does all but the first of these on a thread, through a process group that
+nothing else uses; one runs at a time. Only the optimizer's update changes what is saved, so the thread writes tensors
+from where they are while the next forward and backward run. What it has not come to by the update is copied first, and
+that is all that training waits for.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +65,11 @@ KEEP_ALL = Retention()
 
 @dataclass
 class Save:
-    """A save that may run while training goes on: everything it needs, and nothing of the live model.
+    """A save, and everything that it needs.
 
     Attributes:
-        entries: the tensors of this rank's file. facts: what the manifest says of them. header: the rest of it.
+        entries: the tensors of this rank's file, those of the running model. facts: what the manifest says of them.
+        header: the rest of it.
         comm, device: where ranks meet meanwhile.
     """
 
@@ -138,14 +142,12 @@ def prepare(
     latest: bool = True,
     retention: Retention = KEEP_ALL,
     checksum: str = "xxh3_128",
-    buffers: dict[str, Tensor] | None = None,
-    comm: Communicator | None = None,
+    background: Background | None = None,
 ) -> Save:
     """What a save of `state` as `folder/tag` will write; collective.
 
     Args:
-        buffers: take a copy of every tensor, so that training may go on, in these, which the next save may have again.
-        comm: where ranks meet meanwhile.
+        background: where it is going to run while training goes on; None if nothing goes on meanwhile.
 
     Raises ValueError for a tag that is no plain name, and for what JSON cannot hold; CheckpointError on every rank
     when they do not agree on the tag.
@@ -160,8 +162,8 @@ def prepare(
     if len(set(tags)) > 1:
         raise CheckpointError(f"ranks give different tags for one checkpoint: {', '.join(tags)} in rank order")
     entries, facts = own_entries(state)
-    if buffers is not None:
-        entries = [host_copy(entry, buffers) for entry in entries]
+    if background is not None:
+        entries = background.borrow(entries)
     return Save(
         folder=folder,
         tag=tag,
@@ -173,17 +175,9 @@ def prepare(
         latest=latest,
         retention=retention,
         checksum=checksum,
-        comm=state.world if comm is None else comm,
-        device=state.runtime.device if comm is None else torch.device("cpu"),
+        comm=state.world if background is None else background.comm,
+        device=state.runtime.device if background is None else torch.device("cpu"),
     )
-
-
-def host_copy(entry: Entry, buffers: dict[str, Tensor]) -> Entry:
-    """The same in host memory: in the buffer of its key, which is made where there is none that fits."""
-    values, kept = entry.values.detach(), buffers.get(entry.key)
-    if kept is None or kept.shape != values.shape or kept.dtype != values.dtype:
-        kept = buffers[entry.key] = torch.empty(values.shape, dtype=values.dtype)
-    return Entry(entry.key, kept.copy_(values))
 
 
 def json_header(state: TrainingState, tag: str, client_state: dict[str, Any]) -> dict[str, Any]:
@@ -260,22 +254,23 @@ def merged(files: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Background:
-    """Runs one save at a time on a thread of its own.
+    """Runs one save at a time on a thread of its own, of tensors that it borrows from training.
 
     Args:
         apart: makes the process group that its ranks meet in; called once, on the first save; collective.
-
-    Attributes:
-        buffers: what is copied into. They stay, since memory that is asked for anew is touched page by page, which
-            takes longer than the copy.
     """
 
     def __init__(self, apart: Callable[[], Communicator]) -> None:
-        self.buffers: dict[str, Tensor] = {}
         self._apart = apart
         self._comm: Communicator | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._lock = threading.Lock()  # held by whoever copies
+        self._borrowed: dict[str, tuple[Tensor, int]] = {}  # not copied yet: (tensor, its version when it was lent)
+        self._copies: dict[str, Tensor] = {}  # not written yet
+        # memory stays, and is used again: new memory is touched page by page, which takes longer than a copy
+        self._one = torch.empty(0, dtype=torch.uint8)  # for the tensor that is being written
+        self._memory: dict[str, Tensor] = {}  # for those that updates did not wait for
 
     @property
     def comm(self) -> Communicator:
@@ -283,6 +278,49 @@ class Background:
         if self._comm is None:
             self._comm = self._apart()
         return self._comm
+
+    def borrow(self, entries: list[Entry]) -> list[Entry]:
+        """The same entries, of which each gives its values when it is written.
+
+        What only the optimizer changes stays where it is until then; the rest is small, and copied now.
+        """
+        self.give_up()
+        for entry in entries:
+            if entry.key.startswith(("buffer/", "rng/")):
+                self._copies[entry.key] = entry.values.to("cpu", copy=True)
+            else:
+                self._borrowed[entry.key] = entry.values, entry.values._version
+        return [Entry(entry.key, entry.values, partial(self._take, entry.key)) for entry in entries]
+
+    def _take(self, key: str) -> Tensor:
+        """A tensor as it was when it was lent; its memory is the next one's. Raises CheckpointError if changed."""
+        with self._lock:
+            if key in self._copies:
+                return self._copies.pop(key)
+            values, version = self._borrowed.pop(key)
+            if values._version != version:
+                raise CheckpointError(f"{key} was changed while it was saved; call wait_for_checkpoint() first")
+            if self._one.numel() < values.nbytes:
+                self._one = torch.empty(values.nbytes, dtype=torch.uint8)
+            return self._one[: values.nbytes].view(values.dtype).view(values.shape).copy_(values.detach())
+
+    def give_back(self) -> None:
+        """Copy what is borrowed still: it may be changed after this."""
+        with self._lock:
+            for key, (values, version) in list(self._borrowed.items()):
+                if values._version != version:
+                    continue  # for the thread to find: all ranks must hear of it, and this one is about to step
+                memory = self._memory.get(key)
+                if memory is None or memory.shape != values.shape or memory.dtype != values.dtype:
+                    memory = self._memory[key] = torch.empty(values.shape, dtype=values.dtype)
+                self._copies[key] = memory.copy_(values)
+                del self._borrowed[key]
+
+    def give_up(self) -> None:
+        """Forget what a save that failed had borrowed."""
+        with self._lock:
+            self._borrowed.clear()
+            self._copies.clear()
 
     def start(self, save: Save) -> None:
         """Begin `save`; the one before must have been waited for."""
