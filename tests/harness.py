@@ -49,6 +49,9 @@ GROUP_TIMEOUT = timedelta(seconds=30)
 GRACE_AFTER_FAILURE = 5.0
 """Seconds the other ranks get to finish (and to fail with a message of their own) once one rank has failed."""
 
+PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "pytest", "minizero.train", "training"]
+"""What the fork server imports: the first step of an optimizer imports torch._dynamo, which takes seconds."""
+
 TESTS_DIR = Path(__file__).resolve().parent
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -215,7 +218,7 @@ class Pool:
         self._folder = tempfile.TemporaryDirectory(prefix="harness-")
         self._context = multiprocessing.get_context("forkserver")
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=GROUP_TIMEOUT)
-        self._context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "minizero"])
+        self._context.set_forkserver_preload(PRELOADED)
         with _environment(WORKER_ENVIRONMENT):
             multiprocessing.forkserver.ensure_running()
 

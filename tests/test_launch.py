@@ -87,6 +87,13 @@ workers = [subprocess.Popen(["sleep", seconds]) for seconds in sys.argv[1:]]
 [worker.wait() for worker in workers]
 time.sleep(60)
 """
+LISTENER = """
+import signal, sys, time
+signal.signal(getattr(signal, sys.argv[1]), lambda *_: sys.exit(9))
+print("ready", flush=True)
+while True:
+    time.sleep(0.1)
+"""
 
 
 @pytest.mark.parametrize(
@@ -111,9 +118,8 @@ def test_exit_codes_and_signals_go_through():
     time.sleep(0.3)
     assert deaf.poll() is None
     kill_tree(deaf)
-    for sent, heard in ((signal.SIGTERM, "TERM"), (signal.SIGINT, "INT"), (signal.SIGUSR1, "USR1")):
-        script = f"trap 'exit 9' {heard}; echo ready; while sleep 0.1; do :; done"
-        process = subprocess.Popen([*SUPERVISE, "bash", "-c", script], stdout=subprocess.PIPE)
+    for sent in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        process = subprocess.Popen([*SUPERVISE, sys.executable, "-c", LISTENER, sent.name], stdout=subprocess.PIPE)
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         process.send_signal(sent)
         assert process.wait(10) == 9
