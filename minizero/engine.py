@@ -111,7 +111,8 @@ class Engine:
         self._refuse_in_pipeline("engine(batch)", "train_batch(data_iter), eval_batch(data_iter) or infer(batches)")
         if self._compares_inputs:
             self._compare_inputs((args, kwargs))
-        with self.ledger.phase("forward" if self.module.training else "eval"), self.log.timer("forward"):
+        phase = "forward" if self.module.training else "eval"
+        with self._watchdog.watch(phase), self.ledger.phase(phase), self.log.timer("forward"):
             try:
                 return self._call(args, kwargs)
             except Exception:  # not an interrupt: unwinding waits for peers, which are being interrupted too
@@ -166,7 +167,7 @@ class Engine:
         self._add_to_window(value, tokens)
         if tokens is None and scale_wrt_gas:
             value = value / self.batch.accumulation
-        with self.ledger.phase("backward"), self.log.timer("backward"):
+        with self._watchdog.watch("backward"), self.ledger.phase("backward"), self.log.timer("backward"):
             try:
                 self.runtime.begin_backward(value, boundary=boundary, sync=self._synchronize)
                 with forward_of(self.entry.history):  # for blocks that others compute again
@@ -220,7 +221,7 @@ class Engine:
 
     def _update(self, weight: float) -> None:
         samples = self.batch.micro_batch_size * self.dp_size * self._window.micro_batches
-        with self.ledger.phase("step"), self.log.timer("step"):
+        with self._watchdog.watch("an update"), self.ledger.phase("step"), self.log.timer("step"):
             self._background.give_back()
             self.result = self.optimizer.step_window(weight)
         self.global_steps += 1

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from minizero.dist.ledger import CommLedger
-from minizero.dist.mesh import DEFAULT_TIMEOUT, group_along
+from minizero.dist.mesh import DEFAULT_TIMEOUT, group_along, new_group
 from minizero.dist.neighbour import NeighbourMemory, choose_transport
 from minizero.dist.positions import where_everyone_is
 from minizero.dist.sharding import FlatLayout, split_sizes
@@ -144,7 +144,7 @@ class Communicator:
 
     def apart(self) -> Communicator:
         """The same ranks in a gloo group and a ledger of their own, for calls from another thread; collective."""
-        group = dist.new_group(self._ranks, timeout=timedelta(seconds=self._timeout), backend="gloo")
+        group = new_group(self._ranks, self._timeout, backend="gloo")
         return Communicator(
             self._mesh, self.axis, CommLedger(), transport="messages", timeout=self._timeout, group=group
         )

@@ -8,7 +8,10 @@ an hour turns one dead rank into half an hour of silence.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,9 +19,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from minizero.dist.dims import AXES, ParallelDims
 from minizero.dist.rendezvous import agree_on_attempt
+from minizero.utils.deadline import ends_after
 
 DEFAULT_TIMEOUT = 120.0  # seconds
 WORLD = "world"  # the axis of all ranks
+LONGEST_JOINING = 3  # timeouts, one behind the other: a store that is found, ranks that come, a group that connects
 
 
 def local_device() -> torch.device:
@@ -34,6 +39,8 @@ def init_distributed(dist_backend: str | None = None, timeout: float = DEFAULT_T
     Args:
         dist_backend: "nccl" or "gloo"; None picks nccl where a GPU is visible.
         timeout: seconds after which a collective that a peer never joins is an error.
+
+    Raises ConnectionError when the store or a peer does not come in time.
     """
     device = local_device()
     if device.type == "cuda":
@@ -49,10 +56,32 @@ def init_distributed(dist_backend: str | None = None, timeout: float = DEFAULT_T
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
         return
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    rendezvous = dist.rendezvous("env://", rank, world_size, timeout=limit)
-    store, rank, world_size = next(iter(rendezvous))
-    prefixed = dist.PrefixStore(agree_on_attempt(store, rank, world_size, timeout), store)
-    dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size, timeout=limit)
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    with joining(f"rank {rank} of {world_size}, joining the job at {where},", timeout):
+        store, rank, world_size = next(iter(dist.rendezvous("env://", rank, world_size, timeout=limit)))
+        prefixed = dist.PrefixStore(agree_on_attempt(store, rank, world_size, timeout), store)
+        dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size, timeout=limit)
+
+
+@contextmanager
+def joining(what: str, timeout: float) -> Iterator[None]:
+    """Inside, processes connect with the help of the store. Raises ConnectionError when one does not in time.
+
+    Behind a cable that was cut the store's client waits for ever: then the process ends.
+    """
+    seconds = LONGEST_JOINING * timeout
+    try:
+        with ends_after(seconds, lambda: f"{what} got nowhere in {seconds:g} s; this process ends"):
+            yield
+    except (dist.DistError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(f"{what} failed: {reason}") from error
+
+
+def new_group(ranks: list[int], timeout: float, **more: Any) -> dist.ProcessGroup:
+    """torch's, with a timeout also where it hangs."""
+    with joining(f"rank {dist.get_rank()}, making a group of ranks {ranks},", timeout):
+        return dist.new_group(ranks, timeout=timedelta(seconds=timeout), **more)
 
 
 def build_mesh(dims: ParallelDims, timeout: float = DEFAULT_TIMEOUT) -> DeviceMesh:
@@ -64,7 +93,7 @@ def build_mesh(dims: ParallelDims, timeout: float = DEFAULT_TIMEOUT) -> DeviceMe
         raise ValueError(f"dims are for {dims.world_size} ranks, the process group has {dist.get_world_size()}")
     every_group = sorted({ranks for axis in AXES for ranks in dims.groups(axis)})
     # All ranks create all groups, also those they are not in; axes of the same ranks share one.
-    groups = {ranks: dist.new_group(list(ranks), timeout=timedelta(seconds=timeout)) for ranks in every_group}
+    groups = {ranks: new_group(list(ranks), timeout) for ranks in every_group}
     mine = [groups[dims.ranks_along(axis, dist.get_rank())] for axis in AXES]
     grid = torch.arange(dims.world_size).view(*dims.degrees.values())
     device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -90,4 +119,4 @@ def group_along(mesh: DeviceMesh, axis: str, timeout: float) -> dist.ProcessGrou
     if len(wide) < 2:
         return mesh.get_group((wide or names)[0])
     ranks = list(dims.ranks_along(axis, dist.get_rank()))
-    return dist.new_group(ranks, timeout=timedelta(seconds=timeout), use_local_synchronization=True)
+    return new_group(ranks, timeout, use_local_synchronization=True)
