@@ -107,10 +107,12 @@ class Save:
                 f"no space for {self.folder / self.tag}: it needs {needed} bytes, {self.folder} has {free}"
             )
 
-    def _write(self) -> dict[str, Any]:
+    def _write(self) -> str:
+        """Write this rank's file; what the manifest says of it, as text: only the first rank has use for it."""
         try:
             self.temporary.mkdir(parents=True, exist_ok=True)
-            return {**write_tensors(self.temporary / self.file_name, self.entries, self.checksum), **self.facts}
+            written = write_tensors(self.temporary / self.file_name, self.entries, self.checksum)
+            return json.dumps({**written, **self.facts})
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -120,7 +122,8 @@ class Save:
                 f"{free_bytes(self.folder)} ({error.strerror})"
             ) from None
 
-    def _commit(self, files: list[dict[str, Any]]) -> None:
+    def _commit(self, texts: list[str]) -> None:
+        files = [json.loads(text) for text in texts]
         body = json.dumps({**self.header, **merged(files), "files": [of_file(file) for file in files]}).encode()
         parse(body, self.temporary / MANIFEST).check_complete()
         write_synced(self.temporary / MANIFEST, framed(body))

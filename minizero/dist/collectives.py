@@ -509,7 +509,7 @@ class Communicator:
         if payload:
             padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device)
         rows = self.gather_rows(padded, unit).cpu()
-        return [bytes(row[:length].tolist()) for row, length in zip(rows, lengths, strict=True)]
+        return [row[:length].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
 
     def barrier(self, device: torch.device) -> None:
         """Return when every rank of the axis has called this."""
