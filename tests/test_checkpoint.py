@@ -208,6 +208,25 @@ def test_ranks_must_agree_on_the_tag(tmp_path):
     assert len(caught.value.failures) == 2 and not list(tmp_path.iterdir())
 
 
+def save_what_cannot_be(folder: str, what: dict[str, Any]) -> None:
+    given = what if dist.get_rank() == 1 else {}
+    build(1).save_checkpoint(folder, **{"tag": "t", "client_state": {}} | given)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    (
+        ({"client_state": {"a": {1, 2}}}, "rank 1: client_state cannot be saved as JSON"),
+        ({"tag": "../t"}, "rank 1: tag '../t': use letters, digits"),
+    ),
+)
+def test_what_one_rank_cannot_save_is_refused_on_all(tmp_path, what, said):
+    with pytest.raises(DistributedError) as caught:
+        run_distributed(save_what_cannot_be, 2, str(tmp_path), what)
+    assert len(caught.value.failures) == 2 and all(said in text for text in caught.value.failures.values())
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_elements_are_found():
     shapes = {"w": ParameterFacts(shape=(2, 3))}
     boxes = [("master", "w", ((0, 1), (0, 3))), ("master", "w", ((1, 2), (0, 3)))]

@@ -152,29 +152,29 @@ def prepare(
     Args:
         background: where it is going to run while training goes on; None if nothing goes on meanwhile.
 
-    Raises ValueError for a tag that is no plain name, and for what JSON cannot hold; CheckpointError on every rank
-    when they do not agree on the tag.
+    Raises CheckpointError on every rank when one has something that cannot be saved, or a tag that is no plain name, or
+    another tag than the others.
     """
-    if not SAFE_NAME.fullmatch(tag):
-        raise ValueError(f"checkpoint tag {tag!r}: use letters, digits, '.', '_' and '-' only, no '.' at its beginning")
-    header = json_header(state, tag, client_state)
-    proposals = state.world.gather_bytes(
-        f"{uuid.uuid4().hex[:8]} {tag}".encode(), "checkpoint name", state.runtime.device
-    )
-    tokens, tags = zip(*(proposal.decode().split(" ", 1) for proposal in proposals), strict=True)
+    made: dict[str, Any] = {}
+
+    def propose() -> list[str]:
+        if not SAFE_NAME.fullmatch(tag):
+            raise CheckpointError(f"tag {tag!r}: use letters, digits, '.', '_' and '-' only, no '.' at its beginning")
+        made["header"] = json_header(state, tag, client_state)
+        made["entries"], made["facts"] = own_entries(state)
+        return [uuid.uuid4().hex[:8], tag]
+
+    tokens, tags = zip(*everyone(state.world, state.runtime.device, propose), strict=True)
     if len(set(tags)) > 1:
         raise CheckpointError(f"ranks give different tags for one checkpoint: {', '.join(tags)} in rank order")
-    entries, facts = own_entries(state)
     if background is not None:
-        entries = background.borrow(entries)
+        made["entries"] = background.borrow(made["entries"])
     return Save(
         folder=folder,
         tag=tag,
         temporary=folder / f".{tag}.tmp-{tokens[0]}",
         file_name=state.file_name,
-        entries=entries,
-        facts=facts,
-        header=header,
+        **made,
         latest=latest,
         retention=retention,
         checksum=checksum,
@@ -184,7 +184,7 @@ def prepare(
 
 
 def json_header(state: TrainingState, tag: str, client_state: dict[str, Any]) -> dict[str, Any]:
-    """The manifest without its files. Raises ValueError for what JSON cannot hold."""
+    """The manifest without its files. Raises CheckpointError for what JSON cannot hold."""
     header = {
         "format": FORMAT,
         "tag": tag,
@@ -203,7 +203,9 @@ def json_header(state: TrainingState, tag: str, client_state: dict[str, Any]) ->
         try:
             json.dumps(value)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{key} cannot be saved as JSON ({error}); checkpoints hold no pickled objects") from None
+            raise CheckpointError(
+                f"{key} cannot be saved as JSON ({error}); checkpoints hold no pickled objects"
+            ) from None
     return header
 
 
