@@ -77,6 +77,8 @@ class GPT2(nn.Module, HuggingFaceNames):
             raise ValueError(f"model.head_dim = {config.head_dim}: a gpt2's heads have hidden_size / num_heads")
         if config.qk_norm:
             raise ValueError("model.qk_norm = true has no effect on a gpt2; legal: false")
+        if config.rope_scaling.type != "none":
+            raise ValueError(f"model.rope_scaling.type = {config.rope_scaling.type}: a gpt2 has no rotary positions")
         self.settings, self.vocab_size, self.max_sequence_length = config, vocab_size, max_sequence_length
         self.transformer = Transformer(config, vocab_size, max_sequence_length)
         self.lm_head = Linear(config.hidden_size, vocab_size, std=INIT_STD)
