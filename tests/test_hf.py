@@ -59,7 +59,8 @@ def theirs(kind: str, tied: bool = True, **more: Any) -> Any:
     torch.manual_seed(3)
     if kind == "gpt2":
         sizes = {"n_embd": 28, "n_layer": 3, "n_head": 4, "n_inner": 37, "n_positions": LENGTH, "bos_token_id": None}
-        config = transformers.GPT2Config(vocab_size=301, tie_word_embeddings=tied, eos_token_id=None, **sizes, **more)
+        sizes |= {"vocab_size": 301, "tie_word_embeddings": tied, "eos_token_id": None}
+        config = transformers.GPT2Config(**{**sizes, **more})
         model: Any = transformers.GPT2LMHeadModel(config)
     else:
         sizes = {"vocab_size": 301, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -236,6 +236,7 @@ def test_dropout_acts_only_in_training() -> None:
         ({"family": "llama", "head_dim": 7}, r"model.head_dim .* = 7 is odd"),
         ({"family": "gpt2", "head_dim": 32}, "model.head_dim = 32"),
         ({"family": "gpt2", "qk_norm": True}, "model.qk_norm = true"),
+        ({"family": "gpt2", "rope_scaling": {"type": "llama3"}}, "model.rope_scaling.type = llama3"),
         ({"family": "gpt2", "num_heads": 4, "num_kv_heads": 2}, "model.num_kv_heads = 2"),
     ],
 )

@@ -56,6 +56,9 @@ class RopeScalingConfig(Section):
 
 
 class ModelConfig(Section):
+    pretrained: str | None = None
+    """A folder of HuggingFace's with a GPT-2, Llama or Qwen3: `minizero.train` starts from its weights and tokenizer.
+    Settings of `model` are then the folder's; those given must agree with it, except for dropout and attention."""
     family: Literal["llama", "gpt2"] = "llama"
     """Architecture: `llama` (RMSNorm, RoPE, SwiGLU, GQA; Qwen3 with `qk_norm`) or `gpt2` (LayerNorm, learned positions,
     GELU)."""
@@ -104,7 +107,8 @@ class DataConfig(Section):
     dir: str = "runs/data"
     """Folder that caches tokenizer and token shards, keyed by what they were made from."""
     vocab_size: int = Field(4096, ge=257)
-    """Size of the byte-level BPE vocabulary trained on the corpus."""
+    """Size of the byte-level BPE vocabulary trained on the corpus; the tokenizer of `model.pretrained`, where it has
+    one, takes its place."""
     validation_fraction: float = Field(0.05, gt=0, lt=0.5)
     """Share of the files held out for validation, chosen by a hash of their path."""
 

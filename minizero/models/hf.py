@@ -115,6 +115,11 @@ class HuggingFaceNames:
         """The model as `config.json` has it."""
         raise NotImplementedError
 
+    @staticmethod
+    def spelled_out(config: ModelConfig) -> ModelConfig:
+        """`config` with what None stands for in this family."""
+        raise NotImplementedError
+
     def own_name(self, name: str) -> str | None:
         """The parameter that a file calls `name`; None for what is computed here, and not read."""
         if COMPUTED.fullmatch(name):
@@ -147,7 +152,8 @@ def from_hf(config: Any, changes: Mapping[str, Any] = MappingProxyType({})) -> t
     if "dropout" in found:
         embedding = config.get("embd_pdrop", 0.1)
         if embedding != found["dropout"] and "dropout" not in changes:
-            raise refused("embd_pdrop", embedding, f"{found['dropout']}, as resid_pdrop, or load_hf(folder, dropout=P)")
+            ours = "load_hf(folder, dropout=P), or model.dropout = P beside model.pretrained"
+            raise refused("embd_pdrop", embedding, f"{found['dropout']}, as resid_pdrop, or {ours}")
     else:
         found |= rotary(config)
     found |= changes

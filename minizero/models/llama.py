@@ -93,11 +93,15 @@ class Llama(nn.Module, HuggingFaceNames):
         logits_BSV = self.lm_head(self.model(input_ids, position_ids))
         return logits_BSV if labels is None else self.loss(logits_BSV, labels)
 
+    @staticmethod
+    def spelled_out(config: ModelConfig) -> ModelConfig:
+        """See `HuggingFaceNames.spelled_out`."""
+        sizes = {"head_dim": head_width(config), "intermediate_size": mlp_width(config)}
+        return config.model_copy(update={**sizes, "num_kv_heads": config.num_kv_heads or config.num_heads})
+
     def hf_config(self) -> dict[str, Any]:
         """See `HuggingFaceNames.hf_config`."""
-        config, kind = self.settings, "qwen3" if self.settings.qk_norm else "llama"
-        sizes = {"head_dim": head_width(config), "intermediate_size": mlp_width(config)}
-        config = config.model_copy(update={**sizes, "num_kv_heads": config.num_kv_heads or config.num_heads})
+        config, kind = self.spelled_out(self.settings), "qwen3" if self.settings.qk_norm else "llama"
         architecture = f"{kind.capitalize()}ForCausalLM"
         return to_hf(kind, architecture, config, self.vocab_size, self.max_sequence_length) | dict(self.origin)
 
