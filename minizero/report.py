@@ -61,9 +61,12 @@ def complete(engine: Engine, data: PreparedData, config: Config) -> str:
 
 
 def last_logits(engine: Engine, tokens: Tensor, place: int, vocab_size: int) -> Tensor:
-    """What the model says of the token after `place`: fp32 (V,), on the host, the same on every rank."""
+    """What the model says of the token after `place`: fp32 (vocab_size,), on the host, the same on every rank.
+
+    A pretrained model may have more rows than there are tokens; they are left out.
+    """
     outputs = engine.infer([{"input_ids": tokens}])
-    row = outputs[0][0, place].float() if outputs else torch.zeros(vocab_size, device=engine.device)
+    row = outputs[0][0, place, :vocab_size].float() if outputs else torch.zeros(vocab_size, device=engine.device)
     return (row if engine.pipeline is None else engine.pipeline.from_last(row.contiguous(), "logits")).cpu()
 
 

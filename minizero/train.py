@@ -27,16 +27,19 @@ from torch import nn
 
 import minizero
 from minizero.checkpoint import CheckpointError
+from minizero.checkpoint.export import copy_tokenizer
 from minizero.config import Config
 from minizero.config.load import Resolved, help_text, load, save_resolved
 from minizero.data.corpus import open_corpus
 from minizero.data.loader import Batch, TokenLoader
 from minizero.data.prepared import PreparedData, cache_key, prepare
+from minizero.data.tokenizer import Tokenizer
 from minizero.dist.dims import ParallelDims
 from minizero.models import build
 from minizero.observe.metrics import MetricsWriter
 from minizero.observe.progress import Progress
 from minizero.observe.pulse import Pulse, StopRequests
+from minizero.pretrained import Start, start_from
 from minizero.report import bits_per_byte, report
 from minizero.run_folder import INTERRUPTED, REQUEUE, checkpoint_folder, finish_save, finished_steps, save
 from minizero.utils.files import write_atomically
@@ -89,11 +92,12 @@ def run(resolved: Resolved, requests: StopRequests) -> int:
             print(f"{folder} is finished ({finished} steps). To train anew, pass --run.dir OTHER; to train on, more")
             print("--train.steps and --checkpoint.resume latest.")
         return 0
-    data = prepare_together(config)
+    pretrained = config.model.pretrained
+    start = None if pretrained is None else start_from(pretrained, resolved, checkpoints)
+    data = prepare_together(config, start.tokenizer if start is not None else None)
     minizero.init_distributed(config.dist.backend, timeout=config.dist.timeout)
     torch.manual_seed(zlib.crc32(f"{config.train.seed}/{dist.get_rank()}".encode()))  # else every start has its own
-    with torch.device("meta"):
-        model = build(config.model, data.tokenizer.vocab_size, config.train.sequence_length)
+    model = start.model if start is not None else new_model(config, data)
     if config.log.tensorboard.enabled and config.log.tensorboard.dir is None:
         config.log.tensorboard.dir = str(folder / "tensorboard")
     engine, *_ = minizero.initialize(model=model, model_parameters=parameter_groups(model, config), config=config)
@@ -104,7 +108,7 @@ def run(resolved: Resolved, requests: StopRequests) -> int:
     if chief:
         folder.mkdir(parents=True, exist_ok=True)
         save_resolved(resolved, folder / "config.json")
-        data.tokenizer.save(folder / "tokenizer.json")  # `minizero export` finds it beside the checkpoints
+        keep_tokenizer(data, start, folder)
         (folder / INTERRUPTED).unlink(missing_ok=True)
     started, began = engine.global_steps, time.perf_counter()
     is_stopped = train(engine, data, loader, config, folder, chief, requests)
@@ -135,13 +139,27 @@ def resume(engine: minizero.Engine, data: PreparedData, config: Config, checkpoi
         )
 
 
-def prepare_together(config: Config) -> PreparedData:
+def prepare_together(config: Config, tokenizer: Tokenizer | None) -> PreparedData:
     """The prepared corpus: one process of each node makes it, the others wait for its folder to appear."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        folder = Path(config.data.dir) / cache_key(config.data, open_corpus(config.data.source))
+        folder = Path(config.data.dir) / cache_key(config.data, open_corpus(config.data.source), tokenizer)
         while not folder.exists():  # a process that fails to make it ends the job, and torchrun ends this loop
             time.sleep(0.1)
-    return prepare(config.data, verify=os.environ.get("LOCAL_RANK", "0") == "0")
+    return prepare(config.data, tokenizer, verify=os.environ.get("LOCAL_RANK", "0") == "0")
+
+
+def new_model(config: Config, data: PreparedData) -> nn.Module:
+    """The model of the settings, on the meta device."""
+    with torch.device("meta"):
+        return build(config.model, data.tokenizer.vocab_size, config.train.sequence_length)
+
+
+def keep_tokenizer(data: PreparedData, start: Start | None, folder: Path) -> None:
+    """Leave the tokenizer in the run's folder, where `minizero export` and a run that continues find it."""
+    if start is None or start.tokenizer is None:
+        data.tokenizer.save(folder / "tokenizer.json")
+    elif start.folder.resolve() != folder.resolve():
+        copy_tokenizer(start.folder, folder)
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict]:

@@ -328,3 +328,5 @@ def test_settings_without_effect_are_said():
     assert not list(without_effect(settings(3, 2, precision="fp16", zero={"stage": 3, "prefetch": False})))
     pipelined = settings(0, 2, pipeline={"schedule": "zbv", "microbatches": 1})
     assert [line.split(" has")[0] for line in without_effect(pipelined)] == ["pipeline.schedule"]
+    stretched = settings(0, 2, model={"rope_scaling": {"factor": 2.0}})
+    assert [line.split(" has")[0] for line in without_effect(stretched)] == ["model.rope_scaling.factor"]

@@ -38,8 +38,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3": (2, {"zero": {"stage": 3}}),
     "tp2": (2, {"parallel": {"tp": 2}}),
     "pp2": (2, {"parallel": {"pp": 2}}),
+    "cp2": (2, {"parallel": {"cp": 2}}),
 }
-KINDS = [(kind, tied) for kind in ("gpt2", "llama", "qwen3") for tied in (True, False)]
+OF_ALL = [layout for layout in LAYOUTS if layout != "cp2"]
+KINDS = [(kind, tied) for kind in ("gpt2", "llama", "qwen3") for tied in (True, False)] + [("llama3.1", True)]
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.1, "high_freq_factor": 1.0}
+LLAMA3 |= {"original_max_position_embeddings": 10}
+"""Of waves of 6, 58 and 532 tokens one stays, one is a mixture, one is stretched."""
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +59,15 @@ def theirs(kind: str, tied: bool = True, **more: Any) -> Any:
     torch.manual_seed(3)
     if kind == "gpt2":
         sizes = {"n_embd": 28, "n_layer": 3, "n_head": 4, "n_inner": 37, "n_positions": LENGTH, "bos_token_id": None}
-        config = transformers.GPT2Config(vocab_size=301, tie_word_embeddings=tied, eos_token_id=None, **sizes, **more)
+        sizes |= {"vocab_size": 301, "tie_word_embeddings": tied, "eos_token_id": None}
+        config = transformers.GPT2Config(**{**sizes, **more})
         model: Any = transformers.GPT2LMHeadModel(config)
     else:
         sizes = {"vocab_size": 301, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
         sizes |= {"num_key_value_heads": 2, "intermediate_size": 37, "max_position_embeddings": LENGTH}
         sizes |= {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}, "tie_word_embeddings": tied}
+        if kind == "llama3.1":
+            sizes["rope_parameters"] |= LLAMA3
         if kind == "qwen3":
             config = transformers.Qwen3Config(**{**sizes, "head_dim": 10, **more})
         else:
@@ -106,8 +114,10 @@ def enter(folder: str, layout: str, checkpoint: str | None, ids: Tensor) -> list
     return engine.infer([{"input_ids": ids}])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("kind", "tied"), KINDS)
+IN_AND_OUT = [*((kind, tied, layout) for kind, tied in KINDS for layout in OF_ALL), ("llama3.1", True, "cp2")]
+
+
+@pytest.mark.parametrize(("kind", "tied", "layout"), IN_AND_OUT)
 def test_in_with_the_same_logits_and_out_with_the_same_bits(tmp_path, kind, tied, layout):
     model, ids = saved(tmp_path / "in", kind, tied), torch.randint(301, (2, 11))
     with torch.no_grad():
@@ -146,16 +156,17 @@ def train_and_speak(folder: str, layout: str, checkpoint: str, prompt: list[int]
 def test_what_was_trained_says_the_same_elsewhere(tmp_path, tokenizer, kind, tied):
     saved(tmp_path / "in", kind, tied)
     prompt, first = Tokenizer.load(tokenizer).encode(PROMPT), []
-    for layout, (world, _) in LAYOUTS.items():
+    for layout in OF_ALL:
         run, out = (tmp_path / f"{layout}-{what}" for what in ("run", "out"))
-        reports = run_distributed(train_and_speak, world, str(tmp_path / "in"), layout, str(run), prompt)
+        reports = run_distributed(train_and_speak, LAYOUTS[layout][0], str(tmp_path / "in"), layout, str(run), prompt)
         losses, spoken = reports[0]
         assert losses[0] != losses[1] and losses == pytest.approx(first := first or losses, rel=1e-5)
         assert all(report[1] == spoken for report in reports)
         export_hf(run, out, tokenizer=tokenizer)
         assert not same(tensors_of(out), tensors_of(tmp_path / "in"))
         assert by_transformers(out, prompt) == spoken
-        assert by_ctranslate2(out, prompt) == spoken
+        if kind != "llama3.1":  # whose original length CTranslate2's converter does not read
+            assert by_ctranslate2(out, prompt) == spoken
 
 
 def by_transformers(folder: Path, prompt: list[int]) -> list[int]:
@@ -225,6 +236,8 @@ SPELLINGS = [
     ("gpt2", {"max_position_embeddings": "n_positions"}, {"torch_dtype": "torch.float16", "dtype": None}),
     ("llama", {}, {"rope_parameters": None, "rope_theta": 777.0, "rope_scaling": None}),
     ("llama", {}, {"rope_parameters": None, "rope_scaling": {"type": "default", "rope_theta": 777}}),
+    ("llama3.1", {}, {"rope_parameters": None, "rope_theta": 777.0, "rope_scaling": LLAMA3}),
+    ("llama3.1", {}, {"rope_scaling": LLAMA3, "original_max_position_embeddings": 10}),
     ("qwen3", {}, {"sliding_window": 4096, "use_sliding_window": False, "layer_types": None}),
 ]
 
@@ -262,12 +275,29 @@ REFUSALS = [
     (
         "llama",
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        "rope_scaling.rope_type is 'linear'; legal here: 'd",
+        "rope_scaling.rope_type is 'linear'; legal here: 'default' or 'llama3'",
+    ),
+    *(
+        ("llama", {"rope_parameters": {"rope_type": kind, "factor": 2.0}}, f"rope_type is '{kind}'; legal here: 'd")
+        for kind in ("dynamic", "yarn", "longrope")
     ),
     (
         "llama",
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5.0}},
-        "rope_parameters.rope_type is 'llama3'; legal here: 'default'",
+        "rope_parameters.factor or rope_scaling.factor is missing",
+    ),
+    ("llama3.1", {"rope_scaling": LLAMA3 | {"factor": 2.0}}, "factor = 8.0 and rope_scaling.factor = 2.0 contradict"),
+    ("llama3.1", {"rope_scaling": {"type": "default"}}, "rope_type = 'llama3' and rope_scaling.rope_type = 'default'"),
+    ("llama3.1", {"original_max_position_embeddings": 11}, r"= 11 and rope_parameters.original\w* = 10 contradict"),
+    (
+        "llama3.1",
+        {"rope_parameters": LLAMA3 | {"low_freq_factor": 2.0}},
+        "rope_scaling: low_freq_factor 2.0 is not below 1.0, the high",
+    ),
+    (
+        "llama3.1",
+        {"rope_parameters": LLAMA3 | {"factor": "8"}},
+        "rope_scaling.factor: found '8'; legal: a finite number >= 1",
     ),
     (
         "llama",
@@ -362,7 +392,7 @@ def counted(folder: str, layout: str) -> dict[str, Any]:
     return {"largest": largest, "kept": kept, "alive": most[0]}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", OF_ALL)
 def test_no_rank_holds_more_than_its_part_and_one_tensor(tmp_path, layout):
     model = saved(tmp_path, "qwen3")
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}

@@ -18,11 +18,15 @@ from minizero.zero.materialize import initial_values, move_off_meta
 from minizero.zero.units import find_units
 
 VOCAB, LENGTH, BATCH = 97, 17, 2
+LLAMA3 = {"type": "llama3", "factor": 3.0, "low_freq_factor": 0.5, "high_freq_factor": 2.0}
+LLAMA3 |= {"original_max_position_embeddings": LENGTH - 1}
+"""Of waves of 6, 23 and more tokens one stays, one is a mixture, the others are stretched."""
 SIZES = {
     "llama": {"hidden_size": 42, "num_layers": 3, "num_heads": 3, "intermediate_size": 57, "rope_theta": 500.0},
     "llama-gqa": {"hidden_size": 60, "num_layers": 2, "num_heads": 6, "num_kv_heads": 2, "norm_eps": 1e-3},
     "llama-mqa": {"hidden_size": 30, "num_layers": 2, "num_heads": 3, "num_kv_heads": 1},
     "llama-wide": {"hidden_size": 36, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 14},
+    "llama-3.1": {"hidden_size": 42, "num_layers": 2, "num_heads": 3, "rope_scaling": LLAMA3},
     "llama-qwen3": {"hidden_size": 35, "num_layers": 2, "num_heads": 3, "head_dim": 8, "qk_norm": True},
     "gpt2": {"hidden_size": 39, "num_layers": 3, "num_heads": 3, "norm_eps": 1e-3},
     "gpt2-wide": {"hidden_size": 20, "num_layers": 1, "num_heads": 4, "intermediate_size": 33},
@@ -48,7 +52,9 @@ def reference(config: ModelConfig, model: nn.Module) -> nn.Module:
                 tie_word_embeddings=config.tie_embeddings,
             )
         )
-    kind = "Qwen3" if config.qk_norm else "Llama"
+    kind, rope = "Qwen3" if config.qk_norm else "Llama", {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling.type == "llama3":
+        rope |= {"rope_type": "llama3", **config.rope_scaling.model_dump(exclude={"type"})}
     return getattr(transformers, f"{kind}ForCausalLM")(
         getattr(transformers, f"{kind}Config")(
             vocab_size=VOCAB,
@@ -60,7 +66,7 @@ def reference(config: ModelConfig, model: nn.Module) -> nn.Module:
             intermediate_size=model.model.layers[0].mlp.up_proj.out_features,
             rms_norm_eps=config.norm_eps,
             tie_word_embeddings=config.tie_embeddings,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            rope_parameters=rope,
         )
     )
 
@@ -230,6 +236,7 @@ def test_dropout_acts_only_in_training() -> None:
         ({"family": "llama", "head_dim": 7}, r"model.head_dim .* = 7 is odd"),
         ({"family": "gpt2", "head_dim": 32}, "model.head_dim = 32"),
         ({"family": "gpt2", "qk_norm": True}, "model.qk_norm = true"),
+        ({"family": "gpt2", "rope_scaling": {"type": "llama3"}}, "model.rope_scaling.type = llama3"),
         ({"family": "gpt2", "num_heads": 4, "num_kv_heads": 2}, "model.num_kv_heads = 2"),
     ],
 )

@@ -178,11 +178,11 @@ def write_configs(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> N
 
 
 def known_tokenizer(path: Path, origin: str | None) -> Path | None:
-    """That of the folder that the model came from, or of the run that `path` is a checkpoint of; None: neither."""
-    of_run = path.parent.parent / TOKENIZER
-    if origin is not None and (Path(origin) / TOKENIZER_CONFIG).is_file():
-        return Path(origin)
-    return of_run if of_run.is_file() else None
+    """That of the run that `path` is a checkpoint of, or of the folder that the model came from; None: neither."""
+    run = path.parent.parent
+    if (run / TOKENIZER).is_file():
+        return run if (run / TOKENIZER_CONFIG).is_file() else run / TOKENIZER
+    return Path(origin) if origin is not None and (Path(origin) / TOKENIZER_CONFIG).is_file() else None
 
 
 def write_tokenizer(folder: Path, source: Path, config: dict[str, Any] | None) -> dict[str, int]:
@@ -191,18 +191,25 @@ def write_tokenizer(folder: Path, source: Path, config: dict[str, Any] | None) -
     Raises ValueError when it is none, or has more tokens than the model.
     """
     if (source / TOKENIZER_CONFIG).is_file():
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        copy_tokenizer(source, folder)
         return {}
     file = source / TOKENIZER if source.is_dir() else source
-    tokenizer = Tokenizer.load(file)
+    tokenizer = Tokenizer.load(file, (config or {}).get("eos_token_id"))
     if config is not None and tokenizer.vocab_size > config["vocab_size"]:
         raise ValueError(f"{file} has {tokenizer.vocab_size} tokens, the model {config['vocab_size']}")
     shutil.copyfile(file, folder / TOKENIZER)
+    if not tokenizer.is_ours:
+        return {}
     longest = (config or {}).get("max_position_embeddings", (config or {}).get("n_positions"))
     write_json(folder / TOKENIZER_CONFIG, tokenizer.hf_config(longest))
     return {"bos_token_id": tokenizer.separator_id, "eos_token_id": tokenizer.separator_id}
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a tokenizer's files, whatever its kind."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:

@@ -6,18 +6,20 @@ Read are `config.json` and safetensors: nothing that could be executed, whoever 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from minizero.checkpoint.weights import files_behind
+from minizero.checkpoint.weights import WeightFiles
 from minizero.models import build
-from minizero.models.hf import TOKEN_IDS, HuggingFaceNames, from_hf
+from minizero.models.gpt2 import GPT2
+from minizero.models.hf import TOKEN_IDS, from_hf
+from minizero.models.llama import Llama
 
 
-def load_hf(folder: str | Path, **changes: Any) -> nn.Module:
+def load_hf(folder: str | Path, **changes: Any) -> Llama | GPT2:
     """Our model (`minizero.models`) of a folder with a GPT-2, Llama or Qwen3, on the meta device.
 
     `minizero.initialize` fills it from the folder, each rank reading the slices that it keeps, in any layout. Values
@@ -34,14 +36,26 @@ def load_hf(folder: str | Path, **changes: Any) -> nn.Module:
         raise ValueError(f"{path} is missing: {folder} is no folder of HuggingFace's")
     try:
         config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    model = from_config(config, path, changes)
+    WeightFiles(Path(folder), model.own_name)  # what is missing or damaged is said here, not when processes have met
+    model.pretrained = Path(folder).absolute()
+    model.origin = {**model.origin, "_name_or_path": str(model.pretrained)}
+    return model
+
+
+def from_config(config: Any, source: Path, changes: Mapping[str, Any]) -> Llama | GPT2:
+    """Our model of what a `config.json` says, on the meta device, with nothing to be filled from.
+
+    Raises ValueError as `load_hf` does; it names `source`.
+    """
+    try:
         settings, vocab_size, positions = from_hf(config, changes)
         with torch.device("meta"):
             model = build(settings, vocab_size, positions)
-    except ValueError as error:  # JSON's own too
-        raise ValueError(f"{path}: {error}") from None
-    files_behind(Path(folder))  # what is missing is said here, not when processes have met
-    assert isinstance(model, HuggingFaceNames)
-    model.pretrained = Path(folder).absolute()
-    ids = {name: config[name] for name in TOKEN_IDS if name in config}
-    model.origin = {**ids, "_name_or_path": str(model.pretrained)}
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    assert isinstance(model, Llama | GPT2)
+    model.origin = {name: config[name] for name in (*TOKEN_IDS, "_name_or_path") if name in config}
     return model

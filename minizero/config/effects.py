@@ -19,6 +19,11 @@ def without_effect(config: Config) -> Iterator[str]:
         (zero, "zero", "gradient_predivide_factor", zero.prescale_gradients),
         (config.model, "model", "rope_theta", config.model.family != "llama"),
         *(
+            (config.model.rope_scaling, "model.rope_scaling", key, config.model.rope_scaling.type == "none")
+            for key in type(config.model.rope_scaling).model_fields
+            if key != "type"
+        ),
+        *(
             (config.pipeline, "pipeline", key, config.parallel.pp == 1)
             for key in type(config.pipeline).model_fields
             if key != "microbatches"
@@ -30,6 +35,7 @@ def without_effect(config: Config) -> Iterator[str]:
         "loss_scale": f"precision is {precision}, not fp16",
         "zero": f"stage is {zero.stage}",
         "model": f"family is {config.model.family}",
+        "model.rope_scaling": "its type is none",
         "pipeline": "parallel.pp is 1",
         "recompute": "inputs that differ on each rank are not partitioned (parallel.sequence)"
         if config.parallel.sequence

@@ -36,7 +36,29 @@ class RunConfig(Section):
     """Folder that receives the resolved config, `metrics.jsonl`, checkpoints and figures."""
 
 
+class RopeScalingConfig(Section):
+    type: Literal["none", "llama3"] = "none"
+    """`llama3`: slow rotary waves are stretched, as in Llama 3.1, for sequences longer than those first trained on."""
+    factor: float = Field(8.0, ge=1)
+    """By how much waves are stretched."""
+    low_freq_factor: float = Field(1.0, gt=0)
+    """A wave that turns less often than this in the original length is stretched by all of `factor`."""
+    high_freq_factor: float = Field(4.0, gt=0)
+    """One that turns more often than this stays as it is; between the two it is a mixture."""
+    original_max_position_embeddings: int = Field(8192, ge=1)
+    """The original length: tokens of a sequence before the waves were stretched."""
+
+    @model_validator(mode="after")
+    def _low_is_below_high(self) -> RopeScalingConfig:
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(f"low_freq_factor {self.low_freq_factor} is not below {self.high_freq_factor}, the high")
+        return self
+
+
 class ModelConfig(Section):
+    pretrained: str | None = None
+    """A folder of HuggingFace's with a GPT-2, Llama or Qwen3: `minizero.train` starts from its weights and tokenizer.
+    Settings of `model` are then the folder's; those given must agree with it, except for dropout and attention."""
     family: Literal["llama", "gpt2"] = "llama"
     """Architecture: `llama` (RMSNorm, RoPE, SwiGLU, GQA; Qwen3 with `qk_norm`) or `gpt2` (LayerNorm, learned positions,
     GELU)."""
@@ -56,6 +78,7 @@ class ModelConfig(Section):
     """Width of the MLP: None means 4 x hidden (gpt2), or 8/3 x hidden rounded up to 32 (llama)."""
     rope_theta: float = Field(10000.0, gt=0)
     """Base of the rotary frequencies (llama)."""
+    rope_scaling: RopeScalingConfig = Field(default_factory=RopeScalingConfig)
     norm_eps: float = Field(1e-5, gt=0)
     """Epsilon inside the norms."""
     tie_embeddings: bool = True
@@ -84,7 +107,8 @@ class DataConfig(Section):
     dir: str = "runs/data"
     """Folder that caches tokenizer and token shards, keyed by what they were made from."""
     vocab_size: int = Field(4096, ge=257)
-    """Size of the byte-level BPE vocabulary trained on the corpus."""
+    """Size of the byte-level BPE vocabulary trained on the corpus; the tokenizer of `model.pretrained`, where it has
+    one, takes its place."""
     validation_fraction: float = Field(0.05, gt=0, lt=0.5)
     """Share of the files held out for validation, chosen by a hash of their path."""
 

@@ -1,6 +1,7 @@
 """From a corpus to a folder of tokens, once: `{data.dir}/{key}/` with tokenizer.json and the shards of both splits.
 
-The key is a hash of the corpus's manifest and the settings, so a changed corpus or vocabulary gets a folder of its own.
+The key is a hash of the corpus's manifest, the settings and a tokenizer that was there before, so a changed corpus or
+vocabulary gets a folder of its own.
 The folder is written under a temporary name and renamed when complete: an interruption leaves nothing that could be
 mistaken for it, and of several processes that prepare at once one wins and all read the same.
 """
@@ -35,9 +36,9 @@ class PreparedData:
     validation: TokenStream
 
     @classmethod
-    def open(cls, folder: Path) -> PreparedData:
-        """Raises ValueError naming the file that is missing or broken."""
-        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    def open(cls, folder: Path, tokenizer: Tokenizer | None = None) -> PreparedData:
+        """`tokenizer` is the folder's, if it is known. Raises ValueError naming the file that is missing or broken."""
+        tokenizer = tokenizer or Tokenizer.load(folder / "tokenizer.json")
         return cls(folder, tokenizer, TokenStream(folder, "train"), TokenStream(folder, "validation"))
 
     def verify(self) -> None:
@@ -59,42 +60,44 @@ class PreparedData:
         return "".join(texts).encode()
 
 
-def prepare(config: DataConfig, verify: bool = True) -> PreparedData:
+def prepare(config: DataConfig, tokenizer: Tokenizer | None = None, verify: bool = True) -> PreparedData:
     """The configured corpus as tokens: opened if it is there, else made.
 
     Any process may call it at any time; where several share `data.dir`, let one go first to save the others the work.
 
     Args:
         config: the `data` section.
+        tokenizer: None: one of `data.vocab_size` tokens, trained on the corpus.
         verify: compare checksums (reads everything); one process of several is enough.
 
     Raises ValueError for a corpus that is missing, too small or not text, and for damaged files, naming them.
     """
     corpus = open_corpus(config.source)
-    folder = Path(config.dir) / cache_key(config, corpus)
+    folder = Path(config.dir) / cache_key(config, corpus, tokenizer)
     if not folder.exists():
-        _make(folder, corpus, config)
-    data = PreparedData.open(folder)
+        _make(folder, corpus, config, tokenizer)
+    data = PreparedData.open(folder, tokenizer)
     if verify:
         data.verify()
     return data
 
 
-def cache_key(config: DataConfig, corpus: Corpus) -> str:
-    """16 hex digits that change with the corpus, the settings and the format on disk."""
-    settings = json.dumps([FORMAT, config.source, config.vocab_size, config.validation_fraction])
+def cache_key(config: DataConfig, corpus: Corpus, tokenizer: Tokenizer | None) -> str:
+    """16 hex digits that change with the corpus, the settings, the tokenizer and the format on disk."""
+    vocabulary = config.vocab_size if tokenizer is None else tokenizer.digest
+    settings = json.dumps([FORMAT, config.source, vocabulary, config.validation_fraction])
     return hashlib.sha256(f"{settings}\n{corpus.manifest()}".encode()).hexdigest()[:16]
 
 
-def _make(folder: Path, corpus: Corpus, config: DataConfig) -> None:
+def _make(folder: Path, corpus: Corpus, config: DataConfig, tokenizer: Tokenizer | None) -> None:
     """Write the folder under a temporary name, then rename it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         validation = held_out(corpus.names(), config.validation_fraction)
-        tokenizer = Tokenizer.train(
-            (text for name, text in corpus.documents() if name not in validation), config.vocab_size
-        )
+        if tokenizer is None:
+            texts = (text for name, text in corpus.documents() if name not in validation)
+            tokenizer = Tokenizer.train(texts, config.vocab_size)
         tokenizer.save(temporary / "tokenizer.json")
         for split in ("train", "validation"):
             documents = _tokenized(corpus, tokenizer, validation, split)

@@ -5,7 +5,9 @@ Every byte is in the vocabulary, so any text can be written and read back unchan
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,25 @@ SEPARATOR = "<|endoftext|>"
 
 
 class Tokenizer:
-    """Text to token ids and back, without loss."""
+    """Text to token ids and back: without loss if it is one of ours, and as well as it can if it came with a model.
 
-    def __init__(self, backend: Backend) -> None:
+    Args:
+        eos: what stands between documents where there is no SEPARATOR: a token's id, or several, of which the first is
+            taken.
+
+    Raises ValueError where neither is there.
+    """
+
+    def __init__(self, backend: Backend, eos: int | list[int] | None = None) -> None:
         backend.encode_special_tokens = True  # a document that spells out the separator must not become one
+        backend.no_truncation()  # which may be left in the file of a model's tokenizer
+        backend.no_padding()
         self.backend = backend
-        separator_id = backend.token_to_id(SEPARATOR)
-        if separator_id is None:
-            raise ValueError(f"the tokenizer has no {SEPARATOR} token")
+        self.is_ours = backend.token_to_id(SEPARATOR) is not None
+        separator_id = backend.token_to_id(SEPARATOR) if self.is_ours else eos[0] if isinstance(eos, list) else eos
+        if separator_id is None or backend.id_to_token(separator_id) is None:
+            other = "" if eos is None else f", nor one with the id {eos}"
+            raise ValueError(f"the tokenizer has no {SEPARATOR} token{other}")
         self.separator_id: int = separator_id
 
     @classmethod
@@ -41,10 +54,10 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
-    def load(cls, path: Path) -> Tokenizer:
+    def load(cls, path: Path, eos: int | list[int] | None = None) -> Tokenizer:
         """Read a `tokenizer.json`. Raises ValueError naming the file when it is missing or broken."""
         try:
-            return cls(Backend.from_file(str(path)))
+            return cls(Backend.from_file(str(path)), eos)
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path} is not a tokenizer: {error}") from error
 
@@ -62,17 +75,22 @@ class Tokenizer:
             **({} if longest is None else {"model_max_length": longest}),
         }
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """Token ids are 0 ... vocab_size - 1."""
-        return self.backend.get_vocab_size()
+        """Token ids are 0 ... vocab_size - 1, if not all of them."""
+        return 1 + max(self.backend.get_vocab().values())
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that decides which tokens a corpus becomes."""
+        return hashlib.sha256(f"{self.separator_id} {self.backend.to_str()}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text).ids
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """As `encode`, on all cores."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts)]
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
         """The text; ids that cut a character in two give the replacement character there."""

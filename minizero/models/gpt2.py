@@ -77,6 +77,8 @@ class GPT2(nn.Module, HuggingFaceNames):
             raise ValueError(f"model.head_dim = {config.head_dim}: a gpt2's heads have hidden_size / num_heads")
         if config.qk_norm:
             raise ValueError("model.qk_norm = true has no effect on a gpt2; legal: false")
+        if config.rope_scaling.type != "none":
+            raise ValueError(f"model.rope_scaling.type = {config.rope_scaling.type}: a gpt2 has no rotary positions")
         self.settings, self.vocab_size, self.max_sequence_length = config, vocab_size, max_sequence_length
         self.transformer = Transformer(config, vocab_size, max_sequence_length)
         self.lm_head = Linear(config.hidden_size, vocab_size, std=INIT_STD)
@@ -89,6 +91,13 @@ class GPT2(nn.Module, HuggingFaceNames):
     ) -> Tensor | tuple[Tensor, Tensor]:
         logits_BSV = self.lm_head(self.transformer(input_ids, position_ids))
         return logits_BSV if labels is None else self.loss(logits_BSV, labels)
+
+    @staticmethod
+    def spelled_out(config: ModelConfig) -> ModelConfig:
+        """See `HuggingFaceNames.spelled_out`."""
+        sizes = {"head_dim": config.head_dim or config.hidden_size // config.num_heads}
+        sizes |= {"intermediate_size": mlp_width(config), "num_kv_heads": config.num_kv_heads or config.num_heads}
+        return config.model_copy(update=sizes)
 
     def hf_config(self) -> dict[str, Any]:
         """See `HuggingFaceNames.hf_config`."""
@@ -159,13 +168,18 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width = config.intermediate_size or 4 * config.hidden_size
+        width = mlp_width(config)
         self.c_fc = Conv1D(config.hidden_size, width)
         self.c_proj = Conv1D(width, config.hidden_size, std=residual_std(config.num_layers))
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x_BSH), approximate="tanh")))
+
+
+def mlp_width(config: ModelConfig) -> int:
+    """As given, or 4 H."""
+    return config.intermediate_size or 4 * config.hidden_size
 
 
 class Conv1D(nn.Module):

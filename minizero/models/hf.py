@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 from pydantic import ValidationError
 
 from minizero.config.problems import explain
-from minizero.config.schema import ModelConfig
+from minizero.config.schema import ModelConfig, RopeScalingConfig
 
 REQUIRED = object()
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 FLOATS = ("float32", "bfloat16", "float16", "float64")
+OUTSIDE = ("rope_theta", "original_max_position_embeddings")  # rotary settings that may also stand beside their table
 COMPUTED = re.compile(r"(.*\.)?(h\.\d+\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
 """Masks and frequencies that older versions of transformers saved beside the weights."""
 
@@ -114,6 +115,11 @@ class HuggingFaceNames:
         """The model as `config.json` has it."""
         raise NotImplementedError
 
+    @staticmethod
+    def spelled_out(config: ModelConfig) -> ModelConfig:
+        """`config` with what None stands for in this family."""
+        raise NotImplementedError
+
     def own_name(self, name: str) -> str | None:
         """The parameter that a file calls `name`; None for what is computed here, and not read."""
         if COMPUTED.fullmatch(name):
@@ -146,9 +152,10 @@ def from_hf(config: Any, changes: Mapping[str, Any] = MappingProxyType({})) -> t
     if "dropout" in found:
         embedding = config.get("embd_pdrop", 0.1)
         if embedding != found["dropout"] and "dropout" not in changes:
-            raise refused("embd_pdrop", embedding, f"{found['dropout']}, as resid_pdrop, or load_hf(folder, dropout=P)")
+            ours = "load_hf(folder, dropout=P), or model.dropout = P beside model.pretrained"
+            raise refused("embd_pdrop", embedding, f"{found['dropout']}, as resid_pdrop, or {ours}")
     else:
-        found["rope_theta"] = rope_theta(config)
+        found |= rotary(config)
     found |= changes
     if found.get("attention_dropout"):
         found.setdefault("attention", "eager")
@@ -188,20 +195,30 @@ def refuse_others(config: dict[str, Any]) -> None:
             raise refused("layer_types", config["layer_types"], "'full_attention' for all layers")
 
 
-def rope_theta(config: dict[str, Any]) -> float:
-    """Base of the rotary frequencies, wherever transformers 4 or 5 keep it. Raises ValueError for scaled ones."""
-    found = {"rope_theta": config.get("rope_theta")}
-    for name in ("rope_parameters", "rope_scaling"):
-        table = config.get(name) or {}
+def rotary(config: dict[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`, wherever transformers 4 or 5 keep them. Raises ValueError for other scalings."""
+    flat, tables = {key: config.get(key) for key in OUTSIDE}, ("rope_parameters", "rope_scaling")
+    for name in tables:
+        if not (table := config.get(name)):
+            continue
         if not isinstance(table, dict) or any(isinstance(value, dict) for value in table.values()):
             raise refused(name, table, "one table for all layers")
         kind = table.get("rope_type", table.get("type", "default"))
-        if kind != "default":
-            raise refused(f"{name}.rope_type", kind, "'default'")
+        if kind not in ("default", "llama3"):
+            raise refused(f"{name}.rope_type", kind, "'default' or 'llama3'")
         if table.get("partial_rotary_factor", 1.0) != 1.0:
             raise refused(f"{name}.partial_rotary_factor", table["partial_rotary_factor"], "1.0")
-        found[f"{name}.rope_theta"] = table.get("rope_theta")
-    return value_of(found, Key(tuple(found), 10000.0))
+        flat |= {f"{name}.{key}": value for key, value in {**table, "rope_type": kind}.items()}
+
+    def value(key: str, default: Any = REQUIRED) -> Any:
+        inside = (f"{name}.{key}" for name in tables)
+        return value_of(flat, Key((key, *inside) if key in OUTSIDE else (*inside,), default))
+
+    found = {"rope_theta": value("rope_theta", 10000.0)}
+    if value("rope_type", "default") == "default":
+        return found
+    scaling = {key: value(key) for key in RopeScalingConfig.model_fields if key != "type"}
+    return {**found, "rope_scaling": {"type": "llama3", **scaling}}
 
 
 # ---- to HuggingFace ----
@@ -215,4 +232,6 @@ def to_hf(model_type: str, architecture: str, config: ModelConfig, vocab_size: i
     # The activation by its name; of what else is fixed, absence says the same.
     found |= {name: legal[0] for name, legal in kind.fixed.items() if isinstance(legal[0], str)}
     found |= {"embd_pdrop": config.dropout} if config.family == "gpt2" else {"rope_theta": config.rope_theta}
+    if (scaling := config.rope_scaling).type != "none":
+        found["rope_scaling"] = {"rope_type": scaling.type, **scaling.model_dump(exclude={"type"})}
     return found | dict.fromkeys(TOKEN_IDS)  # none, where transformers would take those of the first such model

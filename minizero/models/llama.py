@@ -1,6 +1,7 @@
 """The Llama decoder (Touvron et al., arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, grouped-query attention.
 
-With `qk_norm`, that of Qwen3 (arXiv 2505.09388), which norms each head's queries and keys before they are turned.
+With `qk_norm`, that of Qwen3 (arXiv 2505.09388), which norms each head's queries and keys before they are turned; with
+`rope_scaling`, that of Llama 3.1 (Grattafiori et al., arXiv 2407.21783), whose slow rotary waves are stretched.
 Names and layouts of the parameters are those of HuggingFace's `LlamaForCausalLM` and `Qwen3ForCausalLM`, so weights
 move either way unchanged.
 
@@ -9,6 +10,7 @@ Shape suffixes: B batch, S sequence, H hidden, N query heads, M key/value heads,
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -91,11 +93,15 @@ class Llama(nn.Module, HuggingFaceNames):
         logits_BSV = self.lm_head(self.model(input_ids, position_ids))
         return logits_BSV if labels is None else self.loss(logits_BSV, labels)
 
+    @staticmethod
+    def spelled_out(config: ModelConfig) -> ModelConfig:
+        """See `HuggingFaceNames.spelled_out`."""
+        sizes = {"head_dim": head_width(config), "intermediate_size": mlp_width(config)}
+        return config.model_copy(update={**sizes, "num_kv_heads": config.num_kv_heads or config.num_heads})
+
     def hf_config(self) -> dict[str, Any]:
         """See `HuggingFaceNames.hf_config`."""
-        config, kind = self.settings, "qwen3" if self.settings.qk_norm else "llama"
-        sizes = {"head_dim": head_width(config), "intermediate_size": mlp_width(config)}
-        config = config.model_copy(update={**sizes, "num_kv_heads": config.num_kv_heads or config.num_heads})
+        config, kind = self.spelled_out(self.settings), "qwen3" if self.settings.qk_norm else "llama"
         architecture = f"{kind.capitalize()}ForCausalLM"
         return to_hf(kind, architecture, config, self.vocab_size, self.max_sequence_length) | dict(self.origin)
 
@@ -105,8 +111,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        self.head_dim = head_width(config)
-        self.rope_theta = config.rope_theta
+        self.settings = config
         self.embed_tokens = Embedding(vocab_size, config.hidden_size, std=config.hidden_size**-0.5)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -114,7 +119,7 @@ class Decoder(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         x_BSH = self.embed_tokens(input_ids)
         positions, documents_BS = positions_and_documents(input_ids, position_ids)
-        angles = rope_table(positions, self.head_dim, self.rope_theta, x_BSH)
+        angles = rope_table(positions, rope_frequencies(self.settings, x_BSH.device), x_BSH)
         for layer in self.layers:
             x_BSH = layer(x_BSH, angles, documents_BS)
         return self.norm(x_BSH)
@@ -186,13 +191,29 @@ def mlp_width(config: ModelConfig) -> int:
     return config.intermediate_size or -(-8 * config.hidden_size // (3 * 32)) * 32
 
 
-def rope_table(positions: Tensor, head_dim: int, theta: float, like: Tensor) -> Rope:
-    """cos and sin of angle s / theta^(2d / D) at `positions` (S,) or (B, S), in the dtype of `like`.
+def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """(E,) fp32: f = theta^(-2d / D) for d = 0, 1, ...; scaled as `llama3` (`apply_scaling` of Meta's llama-models),
+
+        f' = (1 - s) f / factor + s f        s = (L f / 2π - low) / (high - low), at least 0 and at most 1
+
+    where L f / 2π is how often a wave turns within the original length L.
+    """
+    head_dim, scaling = head_width(config), config.rope_scaling
+    f_E = 1.0 / config.rope_theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    if scaling.type == "none":
+        return f_E
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns_E = scaling.original_max_position_embeddings / (2 * math.pi / f_E)
+    s_E = ((turns_E - low) / (high - low)).clamp(0, 1)
+    return (1 - s_E) * f_E / scaling.factor + s_E * f_E
+
+
+def rope_table(positions: Tensor, f_E: Tensor, like: Tensor) -> Rope:
+    """cos and sin of the angles s · f at `positions` (S,) or (B, S), in the dtype of `like`.
 
     The angles are in fp32 whatever the dtype (bf16 cannot hold positions beyond 256). They are computed afresh in each
     forward: it is cheap, and a buffer would have to survive the meta device, dtype casts and inference mode.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=like.device) / head_dim
     positions_BS = positions.to(torch.float32).view(-1, positions.shape[-1])
-    angle_B1SE = (positions_BS.unsqueeze(-1) * (1.0 / theta**exponent)).unsqueeze(1)
+    angle_B1SE = (positions_BS.unsqueeze(-1) * f_E).unsqueeze(1)
     return angle_B1SE.cos().to(like.dtype), angle_B1SE.sin().to(like.dtype)
