@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +296,7 @@ STUBS = {
     for node in 0 1; do SLURM_NODEID=$node "$@" & tasks+=($!); done
     for task in "${tasks[@]}"; do code=0; wait "$task" || code=$?; ((code > highest)) && highest=$code; done
     exit "$highest" """,
+    "squeue": 'echo "$STATE"',
     "scancel": """echo "scancel $*" >> "$LOG"; kill -TERM $(cat "$LOG".pids)""",
     "python-of-a-node": """[[ $1 == -m ]] || { shift; exec "$@"; } # not what this is about: supervise.py
     echo "$$" >> "$LOG".pids
@@ -304,7 +305,7 @@ STUBS = {
 }
 
 
-def batch(folder: Path, seconds: str) -> subprocess.Popen[str]:
+def batch(folder: Path, seconds: str, state: str = "RUNNING") -> subprocess.Popen[str]:
     """train.sbatch, on commands that behave as Slurm's are documented to."""
     for name, text in STUBS.items():
         (folder / name).write_text(f"#!/usr/bin/env bash\nset -euo pipefail\n{text}\n")
@@ -315,6 +316,7 @@ def batch(folder: Path, seconds: str) -> subprocess.Popen[str]:
         "PYTHON": str(folder / "python-of-a-node"),
         "LOG": str(folder / "log"),
         "SECONDS_OF_WORK": seconds,
+        "STATE": state,
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_JOB_NODELIST": "n[1-2]",
         "SLURM_JOB_NUM_NODES": "2",
@@ -324,11 +326,13 @@ def batch(folder: Path, seconds: str) -> subprocess.Popen[str]:
     return subprocess.Popen(["bash", LAUNCH / "slurm" / "train.sbatch", "a.toml", "--x.y", "1 2"], env=environment)
 
 
+def has_ranks(log: Path) -> bool:
+    return log.exists() and log.read_text().count("node 2 10.0.0.7:24711 4711-3 is_host=") == 2
+
+
 def test_a_batch_job_that_is_warned_goes_back_into_the_queue(tmp_path):
     job, log = batch(tmp_path, "60"), tmp_path / "log"
-    wait_until(
-        lambda: log.exists() and log.read_text().count("node 2 10.0.0.7:24711 4711-3 is_host=") == 2, 20, "ranks"
-    )
+    wait_until(lambda: has_ranks(log), 20, "ranks")
     job.send_signal(signal.SIGUSR1)
     assert job.wait(20) == REQUEUE
     lines = log.read_text().splitlines()
@@ -337,36 +341,75 @@ def test_a_batch_job_that_is_warned_goes_back_into_the_queue(tmp_path):
     assert lines[2:] == ["scancel --signal=TERM 4711", "scontrol requeue 4711"]
 
 
+@pytest.mark.parametrize(("state", "is_requeued"), (("RUNNING", True), ("COMPLETING", False)))
+def test_a_batch_job_whose_ranks_are_warned_does_unless_it_was_cancelled(tmp_path, state, is_requeued):
+    """Slurm tells the tasks alone, when another job takes their place (running) or their user cancels (completing)."""
+    job, log = batch(tmp_path, "60", state), tmp_path / "log"
+    wait_until(lambda: has_ranks(log), 20, "ranks")
+    for number in (tmp_path / "log.pids").read_text().split():
+        os.kill(int(number), signal.SIGTERM)
+    assert job.wait(20) == REQUEUE and ("scontrol requeue 4711" in log.read_text()) == is_requeued
+
+
 def test_a_batch_job_that_ends_by_itself_does_not(tmp_path):
     assert batch(tmp_path, "0").wait(20) == 0
     assert "requeue" not in (tmp_path / "log").read_text()
 
 
-@pytest.mark.soak
-@pytest.mark.skipif(
+@pytest.fixture
+def slurm(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Runs one of Slurm's commands on a cluster of two nodes."""
+    cluster, folder = LAUNCH / "slurm" / "one_host_cluster.sh", tmp_path / "cluster"
+    environment = {**HERE, "SLURM_CONF": str(folder / "slurm.conf")}
+
+    def run(*command: str | Path) -> str:
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+
+    run(cluster, "start", folder)
+    yield run
+    run(cluster, "stop", folder)
+
+
+needs_slurm = pytest.mark.skipif(
     not all(map(shutil.which, ("slurmctld", "slurmd", "munged", "sbatch"))) or os.geteuid() != 0,
     reason="no Slurm to run a job on: as root, with Debian's packages slurm-wlm and munge, there is",
 )
-def test_a_job_on_a_slurm_cluster_is_requeued_and_goes_on(place, tmp_path):
-    cluster = LAUNCH / "slurm" / "one_host_cluster.sh"
-    environment = {**HERE, "SLURM_CONF": str(tmp_path / "cluster" / "slurm.conf")}
+WARNINGS = {
+    "time": ("scancel", "--batch", "--signal=USR1"),  # as --signal does, some time before the time is over
+    "preemption": ("sbatch", "--partition=urgent", "--nodes=2", "--wrap=sleep 5"),
+}
 
-    def slurm(*command: str | Path) -> str:
-        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, cwd=ROOT).stdout
 
-    slurm(cluster, "start", tmp_path / "cluster")
-    try:
-        more = arguments(place, "slurm", "--nproc", "1", "--train.steps", "300", "--dist.transport", "messages")
-        output, script = tmp_path / "out.txt", LAUNCH / "slurm" / "train.sbatch"
-        number = slurm("sbatch", "--parsable", f"--output={output}", script, "--interface", "lo", *more).strip()
-        wait_until((place / "slurm" / "checkpoints" / "latest").is_file, 90, "the first checkpoint")
-        slurm("scancel", "--batch", "--signal=USR1", number)
-        wait_until(lambda: "stopped by SIGTERM" in output.read_text(), 60, "the step is saved")
-        wait_until(lambda: "JobState=COMPLETED" in slurm("scontrol", "show", "job", number), 180, "the end")
-        assert "Restarts=1" in slurm("scontrol", "show", "job", number) and "over 2 ranks" in output.read_text()
-        assert steps(place / "slurm") == list(range(1, 301))
-    finally:
-        slurm(cluster, "stop", tmp_path / "cluster")
+def submitted(slurm: Callable[..., str], place: Path, folder: str, output: Path) -> str:
+    """The number of a job that trains, once it has saved a checkpoint."""
+    more = arguments(place, folder, "--nproc", "1", "--train.steps", "300", "--dist.transport", "messages")
+    script = LAUNCH / "slurm" / "train.sbatch"
+    number = slurm("sbatch", "--parsable", f"--output={output}", script, "--interface", "lo", *more).strip()
+    wait_until((place / folder / "checkpoints" / "latest").is_file, 90, "the first checkpoint")
+    return number
+
+
+@pytest.mark.soak
+@needs_slurm
+@pytest.mark.parametrize("warning", WARNINGS)
+def test_a_job_on_a_slurm_cluster_is_requeued_and_goes_on(place, tmp_path, slurm, warning):
+    folder, output = f"slurm-{warning}", tmp_path / "out.txt"
+    number = submitted(slurm, place, folder, output)
+    slurm(*WARNINGS[warning], *((number,) if warning == "time" else ()))
+    wait_until(lambda: "stopped by SIGTERM" in output.read_text(), 60, "the step is saved")
+    wait_until(lambda: "JobState=COMPLETED" in slurm("scontrol", "show", "job", number), 180, "the end")
+    assert "Restarts=1" in slurm("scontrol", "show", "job", number) and "over 2 ranks" in output.read_text()
+    assert steps(place / folder) == list(range(1, 301))
+
+
+@pytest.mark.soak
+@needs_slurm
+def test_a_job_that_its_user_cancels_stays_cancelled(place, tmp_path, slurm):
+    number = submitted(slurm, place, "cancelled", tmp_path / "out.txt")
+    slurm("scancel", number)
+    wait_until(lambda: "JobState=CANCELLED" in slurm("scontrol", "show", "job", number), 60, "the end")
+    time.sleep(8)  # its credentials expire after 5 s: then it would be started again
+    assert "Restarts=0" in (found := slurm("scontrol", "show", "job", number)) and "JobState=CANCELLED" in found
 
 
 # --------------------------------------------------------------------------------------------------- Kubernetes
