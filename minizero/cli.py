@@ -10,6 +10,7 @@ import os
 import platform
 import shlex
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -130,9 +131,16 @@ def train_verb(options: argparse.Namespace, overrides: list[str]) -> int:
 def placement() -> list[str]:
     """torchrun's options for one machine, unless the environment names several nodes.
 
-    torchrun reads every option also from PET_*, which `launch/multinode.sh` and Kubeflow's Trainer set.
+    torchrun reads every option also from PET_*, which `launch/multinode.sh` and Kubeflow's Trainer set. It looks this
+    host's own name up, and where nobody knows that (some containers), it would wait for a quarter of an hour.
     """
-    return [] if "PET_NNODES" in os.environ else ["--standalone"]
+    if "PET_NNODES" in os.environ:
+        return []
+    try:
+        socket.getaddrinfo(socket.getfqdn(), None)
+    except OSError:
+        return ["--standalone", "--local-addr", "127.0.0.1"]
+    return ["--standalone"]
 
 
 def written(file: Path) -> int:
