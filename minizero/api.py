@@ -211,6 +211,9 @@ def shard(
 def join(settings: Config, model: nn.Module) -> tuple[DeviceMesh, Communicator, torch.device]:
     """The mesh, the axis that ZeRO shards over and this rank's device, once all ranks have shown that they agree."""
     parallel, timeout = settings.parallel, settings.dist.timeout
+    # Compared first, without checks and with plain messages: degrees, and how ranks talk, may be what differs.
+    world = Communicator(None, WORLD, CommLedger(), transport="messages", timeout=timeout)
+    compare_over_ranks(world, settings, model)
     mesh = build_mesh(ParallelDims(dist.get_world_size(), tp=parallel.tp, pp=parallel.pp, cp=parallel.cp), timeout)
     device = local_device()
     if device.type == "cpu":
@@ -219,8 +222,6 @@ def join(settings: Config, model: nn.Module) -> tuple[DeviceMesh, Communicator, 
             warn_once("offload to the CPU on a CPU run: everything is in host memory already, there is nothing to move")
         if settings.recompute.cpu_checkpointing:
             warn_once("recompute.cpu_checkpointing on a CPU run: activations are in host memory already")
-    # Compared without checks and with plain messages: those are settings too, and may be what differs.
-    compare_over_ranks(Communicator(mesh, WORLD, CommLedger(), transport="messages", timeout=timeout), settings, model)
     comm = Communicator(
         mesh,
         "dp" if parallel.cp == 1 else DATA,
@@ -357,7 +358,14 @@ def make_loader(
     sampler: DistributedSampler[Any] = DistributedSampler(
         dataset, num_replicas=comm.size, rank=comm.rank, shuffle=True, seed=settings.train.seed, drop_last=True
     )
-    return DataLoader(dataset, batch_size=micro_batch_size, sampler=sampler, collate_fn=collate_fn, drop_last=True)
+    return DataLoader(
+        dataset,
+        batch_size=micro_batch_size,
+        sampler=sampler,
+        collate_fn=collate_fn,
+        drop_last=True,
+        generator=torch.Generator(),  # each epoch draws from it: from the rank's own state, a resumed run drew more
+    )
 
 
 def dtype_table(runtime: ZeroRuntime) -> str:

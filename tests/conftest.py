@@ -13,6 +13,7 @@ import harness
 import interpreter
 import pytest
 import torch
+from faults import Nursery
 
 interpreter.cure()
 
@@ -24,6 +25,13 @@ MIN_DISTRIBUTED_CALLS = 200
 def seeded() -> None:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Where ranks are forked that faults befall."""
+    with Nursery() as found:
+        yield found
 
 
 @pytest.fixture(autouse=True, scope="session")

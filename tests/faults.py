@@ -1,13 +1,14 @@
-"""Jobs that are killed: ranks forked from a process that has torch loaded, so that a trial takes less than a second.
+"""Jobs that faults befall: ranks forked from a process that has torch loaded, so that a trial takes less than a second.
 
     with Nursery() as nursery:
-        trial = nursery.run(Job(folder, stage=3), kill=Kill(rank=1, step=2, point="before the rename"))
+        ended = nursery.run(Job(folder, stage=3), Kill(rank=1, step=2, point="before the rename"))
 
-A job trains a toy for a few steps, saves every other one, and resumes from whatever its folder holds. What a rank found
-is in `Ended`: exit code, seconds from the kill to its end, its last words. Losses go to a log that resumed attempts
-append to, so two attempts that saw the same step must have seen the same loss.
+A job trains a toy for a few steps, saves every other one, and resumes from whatever its folder holds; other things that
+ranks may be told to do are in `fault_acts.py`. What became of a rank is in `Ended`: exit code, seconds from the fault
+to its end, its last words. Losses go to a log that resumed attempts append to, so two attempts that saw the same step
+must have seen the same loss.
 
-The nursery is a process of its own (`python tests/faults.py`): the test's own process has threads, and must not fork.
+The nursery is a process of its own: the test's own process has threads, and must not fork.
 """
 
 from __future__ import annotations
@@ -19,33 +20,31 @@ import hashlib
 import importlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import toys
-from test_layouts import VOCAB
 
 import minizero
-from minizero import api
-from minizero.checkpoint import CheckpointError, save
 from minizero.checkpoint.save import Retention
 from minizero.config.schema import ModelConfig
 from minizero.dist import positions
 from minizero.models import build as decoder
-from minizero.zero.optimizer import StepResult
 
 STEPS, EVERY = 6, 2
+VOCAB = 19  # of llamas
 DEADLINE = 60.0  # seconds that a trial may take, before it is a hang
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 AFTER_THE_FIRST = 8.0  # seconds that ranks may outlive the first, beyond the collectives' timeout; then they are killed
 
 
@@ -64,27 +63,46 @@ class Job:
     timeout: float = 5.0
     allow_fallback: bool = False
     skew: float = 0.0  # seconds by which the clock of each rank is ahead of the one before
+    steps: int = STEPS
+    step_timeout: float = 0.0
+    deadline: float = DEADLINE
+    details: dict[str, Any] = field(default_factory=dict)  # for acts
 
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL for `rank` (-1: all) at the `nth` passing of `point` after `step` steps; see `POINTS`."""
+    """What happens to `rank` at the `nth` passing of `point` after `step` steps; see `POINTS`.
+
+    rank: -1 arms all, and who comes there first takes the others along. signal: what is sent; or how it hangs, "in a
+    loop", or "in a lock": in native code that does not let go of the interpreter. delay: seconds that it comes later.
+    after: seconds from the start before which nothing counts.
+    """
 
     rank: int
     step: int
     point: str
     nth: int = 1
-    signal: int = signal.SIGKILL
+    signal: int | str = int(signal.SIGKILL)
+    delay: float = 0.0
+    after: float = 0.0
 
 
 @dataclass
 class Ended:
-    """code: of the process, negative for a signal. seconds: from the first death to this rank's end. words: stderr."""
+    """code: of the process, negative for a signal. seconds: from the fault (or the first end) to this rank's end.
+
+    words: stdout and stderr. state: what the act returned.
+    """
 
     code: int
     seconds: float
     words: str = field(repr=False)
     state: str | None = None
+
+    @property
+    def found(self) -> Any:
+        """What the act returned, if that was JSON."""
+        return json.loads(self.state) if self.state else None
 
 
 # (module, attribute, before or after it runs): where a rank may die
@@ -106,6 +124,18 @@ POINTS: dict[str, tuple[str, str, str]] = {
     "in pruning": ("minizero.checkpoint.files", "shutil.rmtree", "before"),
     "after the save": ("minizero.checkpoint.save", "Save.run", "after"),
 }
+POINTS_OF_KILLS = tuple(POINTS)
+POINTS |= {
+    "before initialize": ("minizero.train", "prepare_together", "before"),
+    "in initialize": ("minizero.api", "shard", "before"),
+    "at the end of initialize": ("minizero.api", "Engine", "before"),
+    "before the load": ("minizero.train", "resume", "before"),
+    "in the evaluation": ("minizero.train", "bits_per_byte", "before"),
+    "waiting for evaluation data": ("minizero.data.loader", "EvaluationLoader._window", "before"),
+    "waiting for data": ("minizero.data.loader", "TokenLoader._batch", "before"),
+    "waiting for workers": ("torch.utils.data.dataloader", "_BaseDataLoaderIter.__next__", "before"),
+}
+IN_A_SAVE = POINTS_OF_KILLS[5:]
 ON_FIRST_RANK = ("before the manifest", "after the manifest", "before the rename", "after the rename", "after latest")
 ON_FIRST_RANK += ("before pruning", "in pruning")
 
@@ -117,7 +147,11 @@ class Nursery:
         here = Path(__file__).parent
         environment = {**os.environ, "PYTHONPATH": f"{here.parent}:{here}", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, "-c", "import faults; faults.serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         assert self._process.stdout is not None and self._process.stdout.readline() == "ready\n"
         return self
@@ -127,7 +161,7 @@ class Nursery:
         self._process.wait()
 
     def run(self, job: Job, kill: Kill | None = None, act: str = "train") -> list[Ended]:
-        """Run `job` to its end or death; `act` names a function of this module that the ranks run."""
+        """Run `job` to its end or death; `act` names a function, of `fault_acts` or this module, that ranks run."""
         assert self._process.stdin is not None and self._process.stdout is not None
         Path(job.folder).mkdir(parents=True, exist_ok=True)
         order = {"job": asdict(job), "kill": asdict(kill) if kill else None, "act": act}
@@ -151,6 +185,7 @@ def serve() -> None:
 
 def warm_up() -> None:
     """Load what the first step would."""
+    importlib.import_module("fault_acts")
     torch.set_num_threads(1)
     positions.PATIENCE = 0.2  # what the dead would say is waited for, and here someone dies in every trial
     layer = torch.nn.Linear(2, 2)
@@ -160,32 +195,44 @@ def warm_up() -> None:
 
 
 def attempt(number: int, job: Job, kill: Kill | None, act: str) -> list[Ended]:
-    """Fork the ranks, and wait for all of them."""
-    ranks, died = {}, None
+    """Fork the ranks, all in one process group, and wait for them. Those that were stopped are killed last."""
+    struck_of(job).unlink(missing_ok=True)
+    ranks: dict[int, int] = {}
     for rank in range(job.world):
+        leader = next(iter(ranks), 0)
         pid = os.fork()
         if pid == 0:
-            be_a_rank(number, rank, job, kill, act)
+            be_a_rank(number, rank, leader, job, kill, act)
         ranks[pid] = rank
-    found: dict[int, Ended] = {}
-    deadline = time.monotonic() + DEADLINE
-    while len(found) < job.world:
-        pid, status = os.waitpid(-1, os.WNOHANG)
+        with contextlib.suppress(OSError):  # it has done so itself
+            os.setpgid(pid, leader or pid)
+    leader, ends, stopped = next(iter(ranks)), dict[int, tuple[int, float]](), set[int]()
+    deadline = time.monotonic() + job.deadline
+    while len(ends) < job.world:
+        pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
         now = time.monotonic()
-        if pid in ranks:
-            rank = ranks[pid]
-            if died is None:
-                died, deadline = now, min(deadline, now + job.timeout + AFTER_THE_FIRST)
-            words = words_of(job, rank).read_text() if words_of(job, rank).exists() else ""
-            state = state_of(job, rank).read_text() if state_of(job, rank).exists() else None
-            found[rank] = Ended(os.waitstatus_to_exitcode(status), now - died, words, state)
-        elif now > deadline:
-            for hanging in ranks:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(hanging, signal.SIGKILL)
+        if pid in ranks and os.WIFSTOPPED(status):
+            stopped.add(pid)
+        elif pid in ranks:
+            stopped.discard(pid)
+            if not ends:
+                deadline = min(deadline, now + job.timeout + AFTER_THE_FIRST)
+            ends[ranks[pid]] = os.waitstatus_to_exitcode(status), now
+        elif now > deadline or len(stopped) + len(ends) == job.world:
+            os.killpg(leader, signal.SIGKILL)
         else:
             time.sleep(0.002)
-    return [found[rank] for rank in range(job.world)]
+    with contextlib.suppress(ProcessLookupError):  # what ranks have left behind, such as a loader's workers
+        os.killpg(leader, signal.SIGKILL)
+    struck = float(struck_of(job).read_text()) if struck_of(job).exists() else min(end for _, end in ends.values())
+    return [
+        Ended(code, end - struck, text_of(words_of(job, rank)), text_of(state_of(job, rank)) or None)
+        for rank, (code, end) in sorted(ends.items())
+    ]
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
 
 
 def words_of(job: Job, rank: int) -> Path:
@@ -196,23 +243,35 @@ def state_of(job: Job, rank: int) -> Path:
     return Path(job.folder) / f"state{rank}"
 
 
-def be_a_rank(number: int, rank: int, job: Job, kill: Kill | None, act: str) -> None:
+def struck_of(job: Job) -> Path:
+    return Path(job.folder) / "struck"
+
+
+def strikes_now(job: Job) -> None:
+    """Seconds in `Ended` count from here."""
+    struck_of(job).write_text(str(time.monotonic()))
+
+
+def be_a_rank(number: int, rank: int, leader: int, job: Job, kill: Kill | None, act: str) -> None:
     """A rank's whole life; never returns."""
     code = 1
     try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives the nursery
+        os.setpgid(0, leader)
         words = os.open(words_of(job, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(words, 1)
         os.dup2(words, 2)
         state_of(job, rank).unlink(missing_ok=True)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.world)}
         if kill is not None and kill.rank in (rank, -1):
-            arm(kill)
+            arm(job, kill)
         plain, ahead = time.time, rank * job.skew
         time.time = lambda: plain() + ahead
         store = dist.FileStore(f"{job.folder}/.store{number}", job.world)
         limit = datetime.timedelta(seconds=job.timeout)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=job.world, timeout=limit)
-        state_of(job, rank).write_text(globals()[act](job))
+        function = globals().get(act) or getattr(importlib.import_module("fault_acts"), act)
+        state_of(job, rank).write_text(function(job))
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -227,31 +286,55 @@ class Progress:
     steps = 0
 
 
-def arm(kill: Kill) -> None:
-    """Have this process die where `kill` says."""
+def arm(job: Job, kill: Kill) -> None:
+    """Have this process meet with what `kill` says, where it says."""
     module, path, when = POINTS[kill.point]
     *owners, name = path.split(".")
     owner: Any = importlib.import_module(module)
     for part in owners:
         owner = getattr(owner, part)
-    plain, passed = getattr(owner, name), 0
+    plain, passed, process, begins = getattr(owner, name), 0, os.getpid(), time.monotonic() + kill.after
 
-    def die() -> None:
+    def pass_by() -> None:
         nonlocal passed
-        if Progress.steps >= kill.step:
+        if Progress.steps >= kill.step and time.monotonic() >= begins and os.getpid() == process:  # not a worker
             passed += 1
-            if passed == kill.nth:
-                os.kill(os.getpid(), kill.signal)
+            if passed == kill.nth and kill.delay:
+                threading.Timer(kill.delay, strike, (job, kill)).start()
+            elif passed == kill.nth:
+                strike(job, kill)
 
     def armed(*args: Any, **kwargs: Any) -> Any:
         if when == "before":
-            die()
+            pass_by()
         result = plain(*args, **kwargs)
         if when == "after":
-            die()
+            pass_by()
         return result
 
     setattr(owner, name, armed)
+
+
+def strike(job: Job, kill: Kill) -> None:
+    if kill.rank < 0 and struck_of(job).exists():
+        return
+    strikes_now(job)
+    if isinstance(kill.signal, str):
+        hang(kill.signal)
+    elif kill.rank < 0 and os.fork() == 0:  # from a process of its own: workers of this one heed their parent
+        os.killpg(0, kill.signal)
+        os._exit(0)
+    elif kill.rank < 0:
+        time.sleep(0.01)
+    else:
+        os.kill(os.getpid(), kill.signal)
+
+
+def hang(how: str) -> None:
+    if how == "in a lock":
+        ctypes.PyDLL(None).sleep(60)
+    while True:
+        time.sleep(0.01)
 
 
 # ---- what ranks run ----
@@ -272,7 +355,7 @@ def build(job: Job, **changes: Any) -> Any:
         "zero": {"stage": job.stage},
         "train": {"micro_batch_size": toys.BATCH // dp // job.pp, "gradient_accumulation_steps": job.pp},
         "optimizer": {"lr": 3e-3},
-        "dist": {"timeout": job.timeout},
+        "dist": {"timeout": job.timeout, "step_timeout": job.step_timeout},
         "checkpoint": {"asynchronous": job.asynchronous, "allow_fallback": job.allow_fallback},
     }
     return minizero.initialize(model=model, config=minizero.Config(**(settings | changes)))[0]
@@ -280,7 +363,8 @@ def build(job: Job, **changes: Any) -> Any:
 
 def micro_batches(job: Job, engine: Any, step: int) -> Iterator[Any]:
     """This rank's of one step."""
-    tokens, labels = toys.batches(step + 1)[step]
+    generator = torch.Generator().manual_seed(step)
+    tokens, labels = torch.randint(toys.VOCAB, (2, toys.BATCH, toys.LENGTH), generator=generator)
     for index in range(job.pp):
         rows = slice(*(((index * engine.dp_size + engine.dp_rank + end) * len(tokens)) // job.pp // engine.dp_size
                        for end in (0, 1)))  # fmt: skip
@@ -295,7 +379,8 @@ def train(job: Job) -> str:
     engine.load_checkpoint(f"{job.folder}/checkpoints")
     Progress.steps = engine.global_steps
     log = open(f"{job.folder}/log{engine.global_rank}", "a", buffering=1)
-    while engine.global_steps < STEPS:
+    while engine.global_steps < job.steps:
+        time.sleep(job.details.get("pace", 0.0))
         loss = engine.train_batch(micro_batches(job, engine, engine.global_steps))
         drawn = float(torch.rand(()))
         Progress.steps = engine.global_steps
@@ -327,117 +412,3 @@ def logged(folder: str, rank: int) -> dict[int, set[str]]:
         step, rest = line.split(" ", 1)
         found.setdefault(int(step), set()).add(rest)
     return found
-
-
-def hang_in_a_loop(job: Job) -> str:
-    """The first rank never ends its second step."""
-
-    def hang() -> None:
-        while True:
-            time.sleep(0.01)
-
-    return stuck_in(job, hang)
-
-
-def hang_in_a_lock(job: Job) -> str:
-    """The same, in native code that does not let go of the interpreter."""
-
-    def hang() -> None:
-        ctypes.PyDLL(None).sleep(60)
-
-    return stuck_in(job, hang)
-
-
-def stuck_in(job: Job, hang: Callable[[], None]) -> str:
-    engine = build(job, dist={"timeout": job.timeout, "step_timeout": 1.0})
-    engine.train_batch(micro_batches(job, engine, 0))
-    if engine.global_rank == 0:
-        engine.optimizer.step_window = lambda *_: hang()
-    engine.train_batch(micro_batches(job, engine, 1))
-    return ""
-
-
-def flip_a_bit(job: Job) -> str:
-    """In the second rank's copy of a weight, after the first step."""
-    engine = build(job, dist={"timeout": job.timeout, "check_replicas": 1})
-    engine.train_batch(micro_batches(job, engine, 0))
-    if engine.global_rank == 1:
-        name = "model.norm.weight" if job.model == "llama" else "blocks.1.up.weight"
-        dict(engine.named_parameters())[name].detach().view(torch.int32).view(-1)[3] ^= 1
-    engine.optimizer.step_window = lambda *_: StepResult(True, 1.0, 1.0, 1)  # an update would spread or heal it
-    engine.train_batch(micro_batches(job, engine, 1))
-    return ""
-
-
-def check_every_step(job: Job) -> str:
-    engine = build(replace(job, world=job.world), dist={"timeout": job.timeout, "check_replicas": 1})
-    for step in range(4):
-        engine.train_batch(micro_batches(job, engine, step))
-    return ""
-
-
-def disagree_on_config(job: Job) -> str:
-    build(job, **({"optimizer": {"lr": 0.5}} if dist.get_rank() else {}))
-    return ""
-
-
-def disagree_on_seed(job: Job) -> str:
-    build(job, train={"seed": 7, "micro_batch_size": 8} if dist.get_rank() else {"micro_batch_size": 8})
-    return ""
-
-
-def disagree_on_code(job: Job) -> str:
-    if dist.get_rank():
-        api.versions = lambda: {"minizero": "0123456789abcdef"}
-    build(job)
-    return ""
-
-
-def fill_the_disk(job: Job) -> str:
-    """The second rank may write no file beyond 3000 bytes."""
-    engine = build(job)
-    engine.train_batch(micro_batches(job, engine, 0))
-    engine.save_checkpoint(f"{job.folder}/checkpoints")
-    engine.train_batch(micro_batches(job, engine, 1))
-    before = hash_of(engine)
-    if engine.global_rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
-    try:
-        engine.save_checkpoint(f"{job.folder}/checkpoints")
-    except CheckpointError as error:
-        assert "rank 1: no space for" in str(error) and "needs" in str(error) and "has" in str(error), error
-    else:
-        raise AssertionError("there was room")
-    assert hash_of(engine) == before
-    engine.train_batch(micro_batches(job, engine, 2))
-    return ""
-
-
-def fail_in_the_background(job: Job) -> str:
-    """The second rank cannot write its file; then it can."""
-    engine = build(job)
-    engine.train_batch(micro_batches(job, engine, 0))
-    plain = save.write_tensors
-    if engine.global_rank == 1:
-        save.write_tensors = broken
-    engine.save_checkpoint(f"{job.folder}/checkpoints")
-    engine.train_batch(micro_batches(job, engine, 1))
-    try:
-        engine.save_checkpoint(f"{job.folder}/checkpoints")
-    except CheckpointError as error:
-        assert "rank 1: OSError: [Errno 5] a bad disk" in str(error), error
-    else:
-        raise AssertionError("nobody heard of it")
-    save.write_tensors = plain
-    engine.train_batch(micro_batches(job, engine, 2))
-    engine.save_checkpoint(f"{job.folder}/checkpoints")
-    engine.destroy()
-    return ""
-
-
-def broken(*_: Any) -> Any:
-    raise OSError(5, "a bad disk")
-
-
-if __name__ == "__main__":
-    serve()

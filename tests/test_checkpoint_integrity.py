@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +21,6 @@ from minizero.checkpoint.inspect import diff, listing, verify
 from minizero.checkpoint.manifest import framed
 from minizero.checkpoint.tensor_file import DTYPES, Entry, TensorFile, hash_file, write_tensors
 from minizero.cli import main
-
-FLIPS, FUZZ = 500, 2_000
 
 
 def save_two(folder: str) -> None:
@@ -54,15 +51,13 @@ def test_what_is_whole_is_whole(saved):
         assert verify(saved / f"global_step{step}").counters.global_steps == step
 
 
-def test_every_flipped_bit_is_found(copy):
-    """At random places of all files, in proportion to their sizes, and in every byte of the manifest's frame."""
+def test_a_flipped_bit_is_found_in_every_byte_of_the_manifests_frame(copy):
+    """Elsewhere at random: row 7 of `matrix.py`."""
     folder, chance = copy / "global_step2", random.Random(0)
-    files = sorted(folder.iterdir())
-    places = [(file, chance.randrange(8 * file.stat().st_size)) for file in files for _ in range(FLIPS // len(files))]
-    manifest = folder / MANIFEST
-    edges = [*range(70), *range(manifest.stat().st_size - 4, manifest.stat().st_size)]
-    places += [(manifest, 8 * byte + chance.randrange(8)) for byte in edges]
-    for file, bit in places:
+    file = folder / MANIFEST
+    size = file.stat().st_size
+    for byte in (*range(70), *range(size - 4, size)):
+        bit = 8 * byte + chance.randrange(8)
         with open(file, "r+b") as opened:
             opened.seek(bit // 8)
             (byte,) = opened.read(1)
@@ -155,77 +150,6 @@ def test_names_cannot_leave_the_folder(copy, name):
     (folder / MANIFEST).write_bytes(framed(json.dumps(manifest).encode()))
     with pytest.raises(CheckpointError, match=r"manifest.json is damaged: files.1.file: .*(plain name|valid string)"):
         verify(folder)
-
-
-def mutate(value: object, chance: random.Random) -> object:
-    """A manifest with one thing in it changed."""
-    if chance.random() < 0.15 or not isinstance(value, dict | list) or not value:
-        return chance.choice(
-            [None, -1, 1 << 70, "", "x", [], {}, [[]], True, 0.5, float("inf"), "rank00000.safetensors"]
-        )
-    key = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
-    changed = value.copy()
-    if chance.random() < 0.1:
-        del changed[key]
-    else:
-        changed[key] = mutate(value[key], chance)
-    return changed
-
-
-def load_mutants(folder: str, trials: int) -> tuple[int, list[str]]:
-    """Manifests that are wrong in one place, under a right checksum: how many were refused; any other error."""
-    layout = LAYOUTS["one"]
-    engine = start(layout, "llama")
-    path = Path(folder) / "global_step2"
-    chance, whole = random.Random(1), json.loads((path / MANIFEST).read_text())["manifest"]
-    refused, others = 0, []
-    for _ in range(trials):
-        (path / MANIFEST).write_bytes(framed(json.dumps(mutate(whole, chance)).encode()))
-        try:
-            engine.load_checkpoint(folder, tag="global_step2")
-        except CheckpointError:
-            refused += 1
-        except Exception as error:
-            others.append(f"{type(error).__name__}: {error}")
-    return refused, others
-
-
-def test_mutated_manifests_raise_the_documented_error_only(copy):
-    ((refused, others),) = run_distributed(load_mutants, 1, str(copy), 300, timeout=120)
-    assert not others and refused > 150  # what is not read may be anything
-
-
-def fuzz_headers(path: Path, trials: int, seed: int) -> int:
-    """Open files whose first bytes were changed, and read what they claim to hold; returns how many were refused."""
-    whole, chance, refused = path.read_bytes(), random.Random(seed), 0
-    length = int.from_bytes(whole[:8], "little")
-    mutant = path.with_name("mutant.safetensors")
-    for _ in range(trials):
-        content = bytearray(whole)
-        for _ in range(chance.choice((1, 1, 2, 8))):
-            place = chance.randrange(8 + length) if chance.random() < 0.9 else chance.randrange(8)
-            content[place] = chance.choice(
-                (content[place] ^ 1 << chance.randrange(8), chance.choice(b'0123456789"[]{},:'))
-            )
-        if chance.random() < 0.1:
-            del content[chance.randrange(len(content)) :]
-        mutant.write_bytes(content)
-        try:
-            with TensorFile(mutant) as file:
-                for key in file.places:
-                    file.read(key)
-        except CheckpointError:
-            refused += 1
-    return refused
-
-
-def test_mutated_headers_raise_the_documented_error_only(tmp_path):
-    """And take no memory: the largest file here is 3 KB."""
-    save_file({"a": torch.randn(15, 17), "b": torch.arange(7), "c": torch.ones(())}, tmp_path / "x.safetensors")
-    fuzz_headers(tmp_path / "x.safetensors", 50, seed=1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert fuzz_headers(tmp_path / "x.safetensors", FUZZ, seed=0) > FUZZ // 2
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10  # KiB
 
 
 @pytest.mark.parametrize(

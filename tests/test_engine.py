@@ -250,6 +250,23 @@ def test_nan_losses_are_skipped_on_every_rank_then_name_the_culprit():
         assert re.search(r"2 steps in a row: the loss is nan on data-parallel rank \[1\]; first such unit", text)
 
 
+def nan_gradient(stage: int, max_skips: int) -> None:
+    """From the second rank, in a unit that the first one may keep."""
+    engine, *_ = minizero.initialize(
+        model=make("toy"), config=settings(stage, 2, train={"max_skipped_steps": max_skips})
+    )
+    if dist.get_rank() == 1:
+        engine.module.blocks[1].norm.weight.register_hook(lambda gradient: gradient * float("nan"))
+    for _ in range(max_skips):
+        engine.train_batch(iter([batches(1)[0]]))
+
+
+@pytest.mark.parametrize(("stage", "max_skips"), ((0, 2), (3, 1)))
+def test_a_gradient_that_is_not_finite_names_the_rank_that_computed_it(stage, max_skips):
+    with pytest.raises(DistributedError, match=r"first such unit: blocks\.1, on data-parallel rank 1\."):
+        run_distributed(nan_gradient, 2, stage, max_skips)
+
+
 class BadUnit(nn.Module):
     """Finite loss, infinite gradient in one block."""
 

@@ -177,16 +177,17 @@ def loader_after_resume(folder: str, resumed: bool) -> list[float]:
     assert loader is not None
     if resumed:
         engine.load_checkpoint(folder)
-        return [float(engine.train_batch()) for _ in range(6)]
+        return [*(float(engine.train_batch()) for _ in range(6)), float(torch.rand(()))]
     losses = []
     for step in range(12):  # three epochs of four batches
         losses.append(float(engine.train_batch()))
         if step == 5:
             engine.save_checkpoint(folder)
-    return losses[6:]
+    return [*losses[6:], float(torch.rand(()))]
 
 
 def test_a_resumed_loader_goes_on_where_it_was(tmp_path):
+    """And leaves the rank's random state as it is: torch's loader draws from what it is given at every epoch."""
     whole = run_distributed(loader_after_resume, 2, str(tmp_path), False)[0]
     assert run_distributed(loader_after_resume, 2, str(tmp_path), True)[0] == whole
 
@@ -307,7 +308,7 @@ def test_rarer_arguments_are_taken_or_refused():
     assert run_distributed(deepspeed_arguments, 2)[0]["train_micro_batch_size_per_gpu"] == 4
 
 
-@pytest.mark.parametrize("key", ("transport", "collectives"))
+@pytest.mark.parametrize("key", ("transport", "collectives", "tp"))
 def test_ranks_that_differ_in_how_they_talk_are_told(key):
     with pytest.raises(DistributedError, match=rf"rank 1: \w+\.{key} = ") as caught:
         run_distributed(different_talk, 2, key, timeout=20)
@@ -316,8 +317,12 @@ def test_ranks_that_differ_in_how_they_talk_are_told(key):
 
 def different_talk(key: str) -> None:
     odd = dist.get_rank() == 1
-    change = {"dist": {"transport": "memory" if odd else "messages"}} if key == "transport" else {"debug": {key: odd}}
-    minizero.initialize(model=make("toy"), config=settings(1, 2, **change))
+    changes = {
+        "transport": {"dist": {"transport": "memory" if odd else "messages"}},
+        "collectives": {"debug": {"collectives": odd}},
+        "tp": {"parallel": {"tp": 2 if odd else 1}},
+    }
+    minizero.initialize(model=make("toy"), config=settings(1, 2, **changes[key]))
 
 
 def test_settings_without_effect_are_said():

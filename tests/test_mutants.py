@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 COMMIT, LAYOUTS = "test_checkpoint_commit.py", "test_checkpoint_layouts.py"
-INTEGRITY, FAULTS, RESUME = "test_checkpoint_integrity.py", "test_faults.py", "test_checkpoint.py"
+INTEGRITY, MATRIX, RESUME = "test_checkpoint_integrity.py", "test_matrix.py", "test_checkpoint.py"
 
 # name: (file, what is replaced, by what, the test that must turn red)
 MUTANTS: dict[str, tuple[str, str, str, str]] = {
@@ -49,9 +49,9 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     "random states are not loaded": ("checkpoint/load.py", "            torch.set_rng_state(values)\n", "            pass\n",
                                      f"{RESUME} -k bitwise"),
     "the first rank's random state is everybody's": (
-        "checkpoint/load.py", "    rank = state.world.rank if saved == here else 0\n", "    rank = 0\n", f"{FAULTS} -k bitwise"),
+        "checkpoint/load.py", "    rank = state.world.rank if saved == here else 0\n", "    rank = 0\n", f"{MATRIX} -k row"),
     "the loss scale is not loaded": (
-        "checkpoint/load.py", "        state.optimizer.scaler.load_state_dict(manifest.scaler)\n", "", f"{RESUME} -k scale"),
+        "checkpoint/load.py", "        state.optimizer.scaler.load_state_dict(manifest.scaler.model_dump())\n", "", f"{RESUME} -k scale"),
     "the schedule is not loaded": (
         "checkpoint/load.py", "        state.scheduler.load_state_dict(manifest.scheduler)\n", "        pass\n",
         f"{RESUME} -k bitwise"),
@@ -62,7 +62,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "checkpoint/manifest.py", "frame is None or xxhash.xxh3_128_hexdigest(frame[2]).encode() != frame[1]",
         "frame is None", f"{INTEGRITY} -k flipped"),
     "files' checksums are not compared": ("checkpoint/load.py", "hash_file(path, name)) != wanted", "wanted) != wanted",
-                                          f"{INTEGRITY} -k flipped"),
+                                          f"{INTEGRITY} -k named"),
     "what does not belong is not seen": (
         "checkpoint/files.py", "    for name in sorted(os.listdir(folder)):\n", "    for name in []:\n",
         f"{INTEGRITY} -k named"),

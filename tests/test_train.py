@@ -87,22 +87,6 @@ def call_main(folder: str, arguments: list[str]) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-def call_slow_main(folder: str, arguments: list[str]) -> str:
-    """`call_main` where the second rank takes 0.2 s more for each step; what the first one printed."""
-    plain = train.step
-
-    def slowly(*given):
-        if os.environ["RANK"] == "1":
-            time.sleep(0.2)
-        return plain(*given)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "step", slowly)
-        code, _, errors = call_main(folder, arguments)
-    assert code == 0, errors
-    return errors
-
-
 def without_launcher(place: Path, world: int, *more: str) -> list[tuple[int, str, str]]:
     """`launch` for what does not depend on torchrun: spares the seconds that importing torch takes."""
     return run_distributed(call_main, world, str(place), command(place, world, *more)[8:])
@@ -258,14 +242,6 @@ def test_a_killed_run_continues_as_the_same_run(place, tmp_path):
     assert found.startswith("step 4, loss: ") and found.endswith(" | 0.0")
     ends = [straight / "checkpoints" / f"global_step{step}" for step in (2, 4)]
     assert random_differences(*ends) == [] and diff(*ends) != []
-
-
-def test_a_straggler_is_named(place):
-    shared = ["--data.source", str(place / "corpus"), "--data.dir", str(place / "data"), "--train.steps", "20"]
-    arguments = [str(place / "tiny.toml"), *shared, "--run.dir", "slow", "--checkpoint.every", "0"]
-    said, _ = run_distributed(call_slow_main, 2, str(place), arguments)
-    (line,) = [line for line in said.splitlines() if "more slowly" in line]
-    assert re.match(r"minizero: rank \[1\] computes more slowly than the others do \(step 1\d\)", line)
 
 
 def call_with_a_late_signal(folder: str, arguments: list[str]) -> int:

@@ -233,7 +233,7 @@ def read_values(state: TrainingState, reader: Reader, manifest: Manifest, *, opt
 def read_options(state: TrainingState, manifest: Manifest, optimizer: bool, scheduler: bool) -> None:
     """Give back what is no tensor: the loss scale, the options of param groups, the schedule."""
     if optimizer:
-        state.optimizer.scaler.load_state_dict(manifest.scaler)
+        state.optimizer.scaler.load_state_dict(manifest.scaler.model_dump())
         for group, saved in zip(state.optimizer.param_groups, manifest.param_groups, strict=True):
             group.update({key: tuple(v) if isinstance(v, list) else v for key, v in saved.items()})
         state.optimizer.overflow = False

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import xxhash
-from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from minizero.checkpoint.files import MANIFEST, SAFE_NAME, CheckpointError
 from minizero.dist.boxes import Box, cover_exactly
@@ -97,6 +97,15 @@ class Counters(_Part):
     micro_steps: NonNegativeInt
 
 
+class LossScale(_Part):
+    """Where dynamic loss scaling was."""
+
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    steps: NonNegativeInt
+    last_overflow: int
+    hysteresis_left: int
+
+
 class Layout(_Part):
     """How the run that saved was laid out. Nothing on disk depends on it but whose random state is whose."""
 
@@ -124,7 +133,7 @@ class Manifest(_Part):
     Attributes:
         config_hash: sha256 of the settings. versions: of packages. optimizer: the name of the update.
         model: as HuggingFace's `config.json` has it; None for one that is unknown there.
-        scaler, scheduler, param_groups: as their objects give them. client_state: the caller's.
+        scheduler, param_groups: as their objects give them. client_state: the caller's.
     """
 
     format: Literal[2]
@@ -134,7 +143,7 @@ class Manifest(_Part):
     config_hash: str
     model: dict[str, Any] | None = None
     counters: Counters
-    scaler: dict[str, Any]
+    scaler: LossScale
     scheduler: dict[str, Any] | None
     optimizer: str
     param_groups: list[dict[str, Any]]

@@ -2,5 +2,6 @@
 
 from minizero.data.loader import EvaluationLoader, TokenLoader
 from minizero.data.prepared import PreparedData, prepare
+from minizero.data.workers import outlive_signals
 
-__all__ = ["EvaluationLoader", "PreparedData", "TokenLoader", "prepare"]
+__all__ = ["EvaluationLoader", "PreparedData", "TokenLoader", "outlive_signals", "prepare"]

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from minizero.dist.ledger import CommLedger
-from minizero.dist.mesh import DEFAULT_TIMEOUT, group_along, new_group
+from minizero.dist.mesh import DEFAULT_TIMEOUT, group_along, local_device, new_group
 from minizero.dist.neighbour import NeighbourMemory, choose_transport
 from minizero.dist.positions import where_everyone_is
 from minizero.dist.sharding import FlatLayout, split_sizes
@@ -92,7 +92,7 @@ class Communicator:
     """The collectives of one mesh axis.
 
     Args:
-        mesh: the named mesh.
+        mesh: the named mesh; None for all ranks, before there is one.
         axis: which of its axes, several as one ("dp_cp"), or "world".
         ledger: where calls and bytes are counted.
         check: compare a fingerprint of every call over the group first (debug mode).
@@ -105,7 +105,7 @@ class Communicator:
 
     def __init__(
         self,
-        mesh: DeviceMesh,
+        mesh: DeviceMesh | None,
         axis: str,
         ledger: CommLedger,
         *,
@@ -143,7 +143,11 @@ class Communicator:
         )
 
     def apart(self) -> Communicator:
-        """The same ranks in a gloo group and a ledger of their own, for calls from another thread; collective."""
+        """The same ranks in a gloo group and a ledger of their own, for calls from another thread; collective.
+
+        Ranks meet before, since who waits for a group does not hear of a peer's death until the timeout.
+        """
+        self.barrier(local_device())
         group = new_group(self._ranks, self._timeout, backend="gloo")
         return Communicator(
             self._mesh, self.axis, CommLedger(), transport="messages", timeout=self._timeout, group=group

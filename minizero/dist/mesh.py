@@ -106,13 +106,14 @@ def dims_of(mesh: DeviceMesh) -> ParallelDims:
     return ParallelDims(mesh.mesh.numel(), tp=degrees["tp"], pp=degrees["pp"], cp=degrees["cp"])
 
 
-def group_along(mesh: DeviceMesh, axis: str, timeout: float) -> dist.ProcessGroup:
+def group_along(mesh: DeviceMesh | None, axis: str, timeout: float) -> dist.ProcessGroup:
     """The process group of one axis of `mesh`, of several as one ("dp_cp"), or of all ranks ("world").
 
     Collective over its ranks where several axes have more than one rank: then the group is made here.
     """
     if axis == WORLD:
         return dist.distributed_c10d._get_default_group()
+    assert mesh is not None
     dims = dims_of(mesh)
     names = axis.split("_")
     wide = [name for name in names if dims.degrees[name] > 1]

@@ -136,6 +136,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.param_groups = inner.param_groups
         self.state = inner.state
         self.is_complete = True
+        self._look_closer()
 
     @property
     def rule(self) -> str:
@@ -206,14 +207,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         window, self.window = self.window, Window()
         self.runtime.finish_gradients()
-        squares_RU, total = self._exchange(window)
+        total = self._exchange(window)
         divisor = total.tokens if total.counts_tokens else float(self.runtime.comm.size)
         factor = weight * self.runtime.policy.predivide / self.scaler.scale / max(divisor, 1.0)
         norm = math.sqrt(total.squares) * factor if math.isfinite(total.squares) else math.nan
         count = total.tokens if total.counts_tokens else self.runtime.comm.size * max(window.micro_batches, 1)
         is_finite = math.isfinite(norm) and all(map(math.isfinite, total.losses))
         result = StepResult(is_finite, norm, sum(total.losses) / max(count, 1.0), int(total.tokens))
-        self._check_finite(result, squares_RU, total.losses)
+        self._check_finite(result, total.losses)
         self.scaler.update(overflow=not result.applied)
         if result.applied:
             clipped = self.clip / (norm + 1e-6) if self.clip > 0 else 1.0
@@ -224,9 +225,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             piece.grad = None
         return result
 
-    def _exchange(self, window: Window) -> tuple[list[list[float]], Total]:
-        """(sums of squares by data-parallel rank and unit of this rank's part of the model, what the window adds up to
-        over all ranks)."""
+    def _exchange(self, window: Window) -> Total:
+        """What the window adds up to over all ranks."""
         device = self.runtime.device
         zero = torch.zeros((), dtype=torch.float64, device=device)
         tokens = window.tokens.double() if window.tokens is not None else zero
@@ -243,8 +243,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             squares = [math.fsum(c) for c in self.runtime.tensor.comm.gather_rows(parts, "norm").T.tolist()]
         squares_here = math.fsum(squares) if all(map(math.isfinite, squares)) else math.nan
         total = Total(squares_here, math.fsum(rows[:, -2].tolist()), window.tokens is not None, rows[:, -1].tolist())
-        squares_RU = rows[:, :-2].tolist()
-        return squares_RU, total if self.runtime.pipeline is None else self._over_stages(total, window)
+        return total if self.runtime.pipeline is None else self._over_stages(total, window)
 
     def _squared_norm(self, values: Tensor) -> Tensor:
         if self.kernels == "triton" and values.dtype != torch.float64:
@@ -260,25 +259,38 @@ class ZeroOptimizer(torch.optim.Optimizer):
         squares, tokens, counts, *losses = columns
         return Total(sum(squares), sum(tokens), any(counts), [sum(of_rank) for of_rank in losses])
 
-    def _check_finite(self, result: StepResult, squares_RU: list[list[float]], losses: list[float]) -> None:
+    def _check_finite(self, result: StepResult, losses: list[float]) -> None:
         """Count skipped steps. Raises NonFiniteError, and drops the gradients, when there were too many in a row."""
         self.overflow = not result.applied
         self.skips_in_a_row = 0 if result.applied else self.skips_in_a_row + 1
         if self.skips_in_a_row < self.max_skips or not self.scaler.exhausted:
+            self._look_closer()
             return
         self.runtime.drop_gradients()
         bad_losses = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-        units = [unit.name for unit in self.runtime.units]
-        bad = [(rank, u) for u in range(len(units)) for rank, of in enumerate(squares_RU) if not math.isfinite(of[u])]
+        units = self.runtime.units
+        own = torch.tensor([float(unit.own_is_finite) for unit in units], device=self.runtime.device)
+        finite_UR = self.runtime.comm.gather_rows(own, "whose gradients are finite").T.tolist()
+        bad = [
+            (rank, unit.name)
+            for unit, of_ranks in zip(units, finite_UR, strict=True)
+            for rank, is_finite in enumerate(of_ranks)
+            if not is_finite
+        ]
         found = f"the loss is {losses[bad_losses[0]]} on data-parallel rank {bad_losses}" if bad_losses else ""
         if bad:
-            found += f"{'; ' if found else ''}first such unit: {units[bad[0][1]]}, on data-parallel rank {bad[0][0]}"
-        elsewhere = "all losses and this rank's gradients are finite, those of other stages or parts are not"
+            found += f"{'; ' if found else ''}first such unit: {bad[0][1]}, on data-parallel rank {bad[0][0]}"
+        elsewhere = "the losses and these ranks' own gradients are finite; their sum, or another stage or part, is not"
         raise NonFiniteError(
             f"loss or gradients were not finite {self.skips_in_a_row} steps in a row: {found or elsewhere}. Nothing "
             "was updated in those steps." + (" bf16 needs no loss scale." if self.scaler.dynamic else ""),
             bad_losses[0] if bad_losses else bad[0][0] if bad else 0,
         )
+
+    def _look_closer(self) -> None:
+        """Have ranks look at their own gradients, before they are summed, in a step that may be the last one."""
+        for unit in self.runtime.units:
+            unit.checks_own, unit.own_is_finite = self.skips_in_a_row + 1 >= self.max_skips, True
 
     def _update(self, factor: float) -> int:
         """Scale this rank's gradients and let the inner optimizer update its slices; bytes moved between devices."""

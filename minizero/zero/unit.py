@@ -70,6 +70,8 @@ class Unit:
         self.device = device
         self.pending: set[nn.Parameter] = set()
         self.reduced = False
+        self.checks_own = False  # whether this rank's own gradients are looked at, before they are summed
+        self.own_is_finite = True
         self._gathers: list[Work] = []
         self._reductions: list[Work] = []
         self._local: dict[nn.Parameter, Tensor] = {}  # whole accumulated gradients, wider than the parameter
@@ -197,6 +199,8 @@ class Unit:
             raise ValueError(
                 f"unit {self.name}: sparse gradients are not supported; build the embedding with sparse=False"
             )
+        if self.checks_own:
+            self.own_is_finite &= bool(gradient.isfinite().all())
         if self.policy.predivide != 1.0:
             gradient = gradient.div_(self.policy.predivide)
         return gradient.reshape(-1)
