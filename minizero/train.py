@@ -94,7 +94,7 @@ def run(resolved: Resolved, requests: StopRequests) -> int:
         return 0
     pretrained = config.model.pretrained
     start = None if pretrained is None else start_from(pretrained, resolved, checkpoints)
-    data = prepare_together(config, start.tokenizer if start is not None else None)
+    data = prepare_together(config, start.tokenizer if start is not None else None, requests)
     minizero.init_distributed(config.dist.backend, timeout=config.dist.timeout)
     torch.manual_seed(zlib.crc32(f"{config.train.seed}/{dist.get_rank()}".encode()))  # else every start has its own
     model = start.model if start is not None else new_model(config, data)
@@ -139,11 +139,16 @@ def resume(engine: minizero.Engine, data: PreparedData, config: Config, checkpoi
         )
 
 
-def prepare_together(config: Config, tokenizer: Tokenizer | None) -> PreparedData:
-    """The prepared corpus: one process of each node makes it, the others wait for its folder to appear."""
+def prepare_together(config: Config, tokenizer: Tokenizer | None, requests: StopRequests) -> PreparedData:
+    """The prepared corpus: one process of each node makes it, the others wait for its folder to appear.
+
+    A process that fails to make it ends the job, and torchrun tells those that wait: they raise KeyboardInterrupt.
+    """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         folder = Path(config.data.dir) / cache_key(config.data, open_corpus(config.data.source), tokenizer)
-        while not folder.exists():  # a process that fails to make it ends the job, and torchrun ends this loop
+        while not folder.exists():
+            if requests.received:
+                raise KeyboardInterrupt
             time.sleep(0.1)
     return prepare(config.data, tokenizer, verify=os.environ.get("LOCAL_RANK", "0") == "0")
 

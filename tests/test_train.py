@@ -258,6 +258,21 @@ def call_with_a_late_signal(folder: str, arguments: list[str]) -> int:
         return train.main(arguments, asked)
 
 
+def wait_for_data_in_vain(folder: str, arguments: list[str]) -> tuple[int, float]:
+    """`main` on the second rank of a node whose first one has failed: torchrun has told it to stop."""
+    os.chdir(folder)
+    asked, began = StopRequests(), time.monotonic()
+    asked.received = signal.SIGTERM
+    return (train.main(arguments, asked) if os.environ["RANK"] == "1" else 0), time.monotonic() - began
+
+
+def test_who_waits_for_data_can_be_told_to_stop(place):
+    """torchrun would kill it 30 s later, and so would every restart."""
+    shared = ["--data.source", str(place / "corpus"), "--data.dir", str(place / "nobody's")]
+    _, (code, seconds) = run_distributed(wait_for_data_in_vain, 2, str(place), [str(place / "tiny.toml"), *shared])
+    assert code == 130 and seconds < 10
+
+
 def test_a_signal_after_the_last_step_changes_nothing(place):
     shared = ["--data.source", str(place / "corpus"), "--data.dir", str(place / "data"), "--train.steps", "1"]
     arguments = [str(place / "tiny.toml"), *shared, "--run.dir", "late"]
