@@ -379,7 +379,7 @@ needs_slurm = pytest.mark.skipif(
 )
 WARNINGS = {
     "time": ("scancel", "--batch", "--signal=USR1"),  # as --signal does, some time before the time is over
-    "preemption": ("sbatch", "--partition=urgent", "--nodes=2", "--wrap=sleep 5"),
+    "preemption": ("sbatch", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=sleep 5"),
 }
 
 
