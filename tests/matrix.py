@@ -201,7 +201,7 @@ def report(results: dict[int, Result]) -> str:
     ]
     for number, one in sorted(results.items()):
         row = BY_NUMBER[number]
-        bound = f"{100 * one.bound:.2g} %" if one.bound is not None else "-"
+        bound = f"{100 * one.bound:.3g} %" if one.bound is not None else "-"
         slowest = f"{one.slowest:.2f} s" if one.slowest is not None else ""
         limit = f"{row.limit:g} s" if row.limit is not None else ""
         failed = len(one.failures) if one.trials else "-"

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
+from faults import Job, build, micro_batches
 from harness import DistributedError, run_distributed
 from torch import nn
 from torch.nn import functional as F
@@ -265,6 +266,20 @@ def nan_gradient(stage: int, max_skips: int) -> None:
 def test_a_gradient_that_is_not_finite_names_the_rank_that_computed_it(stage, max_skips):
     with pytest.raises(DistributedError, match=r"first such unit: blocks\.1, on data-parallel rank 1\."):
         run_distributed(nan_gradient, 2, stage, max_skips)
+
+
+def infinite_copy() -> bool:
+    """The second rank's copy of what tensor-parallel ranks hold alike, and of which the norm counts the first's."""
+    job = Job("", model="llama", tp=2)
+    engine = build(job)
+    if dist.get_rank() == 1:
+        engine.module.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    engine.train_batch(micro_batches(job, engine, 0))
+    return engine.was_step_applied()
+
+
+def test_a_copy_that_is_not_finite_skips_the_step_too():
+    assert run_distributed(infinite_copy, 2) == [False, False]
 
 
 class BadUnit(nn.Module):

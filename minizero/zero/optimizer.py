@@ -231,8 +231,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         zero = torch.zeros((), dtype=torch.float64, device=device)
         tokens = window.tokens.double() if window.tokens is not None else zero
         loss = window.loss if window.loss is not None else zero
-        own = [
-            sum((self._squared_norm(g.grad_shard()) for g in unit.groups if g.trainable and g.counts), start=zero)
+        own = [  # a copy of what another rank counts adds nothing, unless it is not finite
+            sum((self._squared_norm(g.grad_shard()) * float(g.counts) for g in unit.groups if g.trainable), start=zero)
             for unit in self.runtime.units
         ]
         own += [tokens.to(device), loss.to(device)]
