@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from faults import Nursery
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -13,7 +17,6 @@ import harness
 import interpreter
 import pytest
 import torch
-from faults import Nursery
 
 interpreter.cure()
 
@@ -30,6 +33,8 @@ def seeded() -> None:
 @pytest.fixture(scope="session")
 def nursery() -> Iterator[Nursery]:
     """Where ranks are forked that faults befall."""
+    from faults import Nursery
+
     with Nursery() as found:
         yield found
 
