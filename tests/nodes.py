@@ -78,6 +78,10 @@ class Nodes:
         """Pull the cable of a node."""
         ip("-n", f"{self.name}s", "link", "set", f"port{node}", "down")
 
+    def mend(self, node: int) -> None:
+        """Put it back."""
+        ip("-n", f"{self.name}s", "link", "set", f"port{node}", "up")
+
 
 def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True)

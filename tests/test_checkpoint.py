@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 from unittest import mock
 
@@ -13,7 +14,7 @@ from harness import DistributedError, run_distributed
 from safetensors.torch import load_file
 from torch import nn
 from toys import batches, make
-from training import micro_batches, settings, whole_weights
+from training import micro_batches, refused_everywhere, settings, whole_weights
 
 import minizero
 from minizero.checkpoint import CheckpointError
@@ -124,15 +125,45 @@ def save_in_vain(folder: str) -> None:
     run(engine, 0, 1)
     engine.save_checkpoint(folder)
     run(engine, 1, 2)
-    error = OSError(28, "No space left on device") if dist.get_rank() == 1 else None
-    with mock.patch("minizero.checkpoint.tensor_file.os.fsync", side_effect=error):
-        with pytest.raises(CheckpointError, match="rank 1: no space for .*global_step2.* needs .* has .*No space left"):
-            engine.save_checkpoint(folder)
+    for rank, what, where in (
+        (1, "this rank's file", "tensor_file.os.fsync"),
+        (0, "manifest.json", "save.write_synced"),
+    ):
+        error = OSError(28, "No space left on device") if dist.get_rank() == rank else None
+        said = f"rank {rank}: no space for .*global_step2: {what} needs .* bytes, .* has .*No space left"
+        with mock.patch(f"minizero.checkpoint.{where}", side_effect=error):
+            with pytest.raises(CheckpointError, match=said):
+                engine.save_checkpoint(folder)
 
 
 def test_a_save_that_fails_on_one_rank_leaves_the_previous_one(tmp_path):
     run_distributed(save_in_vain, 2, str(tmp_path))
     assert run_distributed(load_only, 2, str(tmp_path))[0].endswith("global_step1")
+
+
+@pytest.mark.parametrize("named", (b"", b"\xff\xfe", b"../elsewhere", b"/etc", b"x" * 300))
+def test_a_damaged_name_of_the_latest_is_refused_on_all(tmp_path, named):
+    (tmp_path / "latest").write_bytes(named)
+    refused_everywhere(load_only, 2, "rank 0: .*latest is damaged: it names .*a tag would say", str(tmp_path))
+
+
+def load_an_older_one(folder: str) -> list[str]:
+    engine = build(1)
+    for step in (1, 2):
+        run(engine, step - 1, step)
+        engine.save_checkpoint(folder, save_latest=step == 1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        path, _ = engine.load_checkpoint(folder)
+    assert path.endswith("global_step1")
+    return [str(one.message) for one in caught]
+
+
+def test_an_older_checkpoint_is_not_taken_in_silence(tmp_path):
+    """One bit of `latest` may make it name another checkpoint that is there."""
+    said, silent = run_distributed(load_an_older_one, 2, str(tmp_path))
+    assert not silent and len(said) == 1
+    assert "latest names global_step1, and " in said[0] and "global_step2 is newer" in said[0]
 
 
 def run_optimizer(folder: str, name: str) -> bool:

@@ -251,6 +251,22 @@ def test_a_cut_cable_ends_every_rank_and_every_agent(place, two):
 
 @pytest.mark.soak
 @needs_nodes
+def test_a_cable_that_comes_back_in_time_costs_no_step(place, two):
+    more = arguments(place, "flap", "--train.steps", "300", "--checkpoint.every", "0")
+    running = [start_elastic(two, node, place, more) for node in range(2)]
+    wait_until(lambda: len(steps(place / "flap")) > 9, 90, "ten steps")
+    two.cut(1)
+    time.sleep(1.0)
+    before = len(steps(place / "flap"))
+    time.sleep(3.0)
+    assert len(steps(place / "flap")) == before < 300  # nothing goes on meanwhile
+    two.mend(1)
+    assert [process.wait(120) for process in running] == [0, 0], said(two)
+    assert steps(place / "flap") == list(range(1, 301)) and "continuing from" not in two.said(0)
+
+
+@pytest.mark.soak
+@needs_nodes
 def test_a_drained_first_node_stops_both_and_both_go_on(place, two):
     """Only the node with the store is told to stop; the other one's agent then has nobody to ask, and still says 75."""
     more = arguments(place, "drained", "--train.steps", "400", "--checkpoint.every", "0")

@@ -14,7 +14,8 @@ from minizero.utils.files import sync_folder
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
-SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")  # no path, nothing hidden
+LONGEST_NAME = 200
+SAFE_NAME = re.compile(rf"[A-Za-z0-9_-][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}")  # no path, nothing hidden
 STEP_FOLDER = re.compile(r"global_step([0-9]+)")
 _SWAP_NAMES, _AT_CWD = 2, -100  # renameat2's RENAME_EXCHANGE; AT_FDCWD
 

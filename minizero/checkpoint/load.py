@@ -15,7 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minizero.checkpoint.files import LATEST, MANIFEST, CheckpointError, check_presence, steps_in
+from minizero.checkpoint.files import (
+    LATEST,
+    LONGEST_NAME,
+    MANIFEST,
+    SAFE_NAME,
+    STEP_FOLDER,
+    CheckpointError,
+    check_presence,
+    steps_in,
+)
 from minizero.checkpoint.manifest import FileFacts, Manifest, Scalar, read_manifest
 from minizero.checkpoint.state import TrainingState, everyone, file_name, key_of
 from minizero.checkpoint.tensor_file import Place, TensorFile, hash_file
@@ -37,7 +46,7 @@ def load_state(
     Collective. Raises CheckpointError on every rank, with nothing changed, when the checkpoint is damaged or does not
     fit; it names the newest one that looks whole, which is taken instead only with `allow_fallback`.
     """
-    path = agree_on(state, lambda: find_checkpoint(folder, tag))
+    path = agree_on(state, lambda: chosen(folder, tag))
     while path is not None:
         try:
             manifest = verified(state, path, optimizer=optimizer)
@@ -66,17 +75,39 @@ def load_state(
 
 def agree_on(state: TrainingState, choose: Callable[[], Path | None]) -> Path | None:
     """What `choose` says on the first rank, which looks for all: file systems may show ranks different things."""
-    own = str(choose()) if state.world.rank == 0 else ""
-    agreed = state.world.gather_bytes(own.encode(), "checkpoint path", state.runtime.device)[0].decode()
-    return None if agreed == "None" else Path(agreed)
+
+    def look() -> str | None:
+        found = choose() if state.world.rank == 0 else None
+        return None if found is None else str(found)
+
+    agreed = everyone(state.world, state.runtime.device, look)[0]
+    return None if agreed is None else Path(agreed)
 
 
 def find_checkpoint(folder: Path, tag: str | None) -> Path | None:
-    """The folder of `tag`, or of what the file `latest` names; None when there is none."""
+    """The folder of `tag`, or of what the file `latest` names; None when there is none.
+
+    Raises CheckpointError when what is in that file cannot be a name.
+    """
     if tag is not None:
         return folder / str(tag)
     latest = folder / LATEST
-    return folder / latest.read_text().strip() if latest.is_file() else None
+    if not latest.is_file():
+        return None
+    with open(latest, "rb") as file:
+        name = file.read(LONGEST_NAME + 1).decode(errors="replace").strip()
+    if not SAFE_NAME.fullmatch(name):
+        raise CheckpointError(f"{latest} is damaged: it names {name!r}; a tag would say which checkpoint is meant")
+    return folder / name
+
+
+def chosen(folder: Path, tag: str | None) -> Path | None:
+    """`find_checkpoint`, with a warning when `latest` does not name the newest: a bit of it may be another one."""
+    path = find_checkpoint(folder, tag)
+    newest = next((other for _, other in steps_in(folder)), None) if tag is None else None
+    if path is not None and newest not in (None, path) and STEP_FOLDER.fullmatch(path.name):
+        warn_once(f"{folder / LATEST} names {path.name}, and {newest} is newer: the named one is taken")
+    return path
 
 
 def older_whole(path: Path) -> Path | None:

@@ -22,7 +22,8 @@ import shutil
 import sys
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -109,16 +110,21 @@ class Save:
 
     def _write(self) -> str:
         """Write this rank's file; what the manifest says of it, as text: only the first rank has use for it."""
-        try:
+        with self._telling_room("this rank's file", sum(entry.values.nbytes for entry in self.entries)):
             self.temporary.mkdir(parents=True, exist_ok=True)
             written = write_tensors(self.temporary / self.file_name, self.entries, self.checksum)
-            return json.dumps({**written, **self.facts})
+        return json.dumps({**written, **self.facts})
+
+    @contextmanager
+    def _telling_room(self, what: str, needed: int) -> Iterator[None]:
+        """Inside, a full disk is a CheckpointError with the bytes that `what` needs and those that are there."""
+        try:
+            yield
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            needed = sum(entry.values.nbytes for entry in self.entries)
             raise CheckpointError(
-                f"no space for {self.folder / self.tag}: this rank's file needs {needed} bytes, {self.folder} has "
+                f"no space for {self.folder / self.tag}: {what} needs {needed} bytes, {self.folder} has "
                 f"{free_bytes(self.folder)} ({error.strerror})"
             ) from None
 
@@ -126,7 +132,8 @@ class Save:
         files = [json.loads(text) for text in texts]
         body = json.dumps({**self.header, **merged(files), "files": [of_file(file) for file in files]}).encode()
         parse(body, self.temporary / MANIFEST).check_complete()
-        write_synced(self.temporary / MANIFEST, framed(body))
+        with self._telling_room(MANIFEST, len(body)):
+            write_synced(self.temporary / MANIFEST, framed(body))
         move_into_place(self.temporary, self.folder / self.tag)
         if self.latest:
             write_atomically(self.folder / LATEST, self.tag)
