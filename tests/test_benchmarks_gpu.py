@@ -37,6 +37,7 @@ def dry(module: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.soak  # the dry run of everything has them too
 def test_dry_run_of_kernels_names_them_all() -> None:
     lines = dry("benchmarks.kernels", "--dry").splitlines()
     for name in PUBLIC:
