@@ -153,7 +153,7 @@ def cases() -> Iterator[Any]:
         yield pytest.param(cell, torch.float32, 2e-6, marks=few, id=f"{name}-fp32")
 
 
-@pytest.mark.parametrize(("cell", "dtype", "bound"), cases())
+@pytest.mark.parametrize(("cell", "dtype", "bound"), [*cases()])
 def test_a_layout_trains_as_one_process(cell, dtype, bound):
     steps = STEPS if dtype == torch.float32 else 4
     losses, norms = train_plainly(cell[-1], dtype, steps)
