@@ -147,6 +147,26 @@ def test_a_damaged_name_of_the_latest_is_refused_on_all(tmp_path, named):
     refused_everywhere(load_only, 2, "rank 0: .*latest is damaged: it names .*a tag would say", str(tmp_path))
 
 
+def load_one_that_is_gone(folder: str) -> list[str]:
+    """`latest` names a step that is not there; an older one is."""
+    engine = build(1)
+    run(engine, 0, 1)
+    engine.save_checkpoint(folder)
+    if dist.get_rank() == 0:
+        with open(f"{folder}/latest", "w") as file:
+            file.write("global_step5")
+    dist.barrier()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(CheckpointError, match="global_step5 is no folder.*global_step1 looks whole"):
+            engine.load_checkpoint(folder)
+    return [str(one.message) for one in caught]
+
+
+def test_an_older_checkpoint_is_not_called_newer(tmp_path):
+    assert run_distributed(load_one_that_is_gone, 2, str(tmp_path)) == [[], []]
+
+
 def load_an_older_one(folder: str) -> list[str]:
     engine = build(1)
     for step in (1, 2):

@@ -104,9 +104,11 @@ def find_checkpoint(folder: Path, tag: str | None) -> Path | None:
 def chosen(folder: Path, tag: str | None) -> Path | None:
     """`find_checkpoint`, with a warning when `latest` does not name the newest: a bit of it may be another one."""
     path = find_checkpoint(folder, tag)
-    newest = next((other for _, other in steps_in(folder)), None) if tag is None else None
-    if path is not None and newest not in (None, path) and STEP_FOLDER.fullmatch(path.name):
-        warn_once(f"{folder / LATEST} names {path.name}, and {newest} is newer: the named one is taken")
+    named = STEP_FOLDER.fullmatch(path.name) if path is not None and tag is None else None
+    if path is not None and named is not None:
+        for step, newer in steps_in(folder)[:1]:
+            if step > int(named[1]):
+                warn_once(f"{folder / LATEST} names {path.name}, and {newer} is newer: the named one is taken")
     return path
 
 

@@ -329,7 +329,7 @@ class Background:
                 del self._borrowed[key]
 
     def give_up(self) -> None:
-        """Forget what a save that failed had borrowed."""
+        """Forget what is borrowed still: of a save that failed no update has to take copies."""
         with self._lock:
             self._borrowed.clear()
             self._copies.clear()
@@ -344,6 +344,8 @@ class Background:
             except BaseException as error:
                 self._failure = error
                 print(f"minizero: saving {save.folder / save.tag} failed: {error}", file=sys.stderr, flush=True)
+            finally:
+                self.give_up()
 
         self._thread = threading.Thread(target=run, name=f"save {save.tag}")
         self._thread.start()
