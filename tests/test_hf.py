@@ -505,13 +505,18 @@ def test_of_another_model_the_weights_go_out_alone(tmp_path):
 # ---- runs, tokenizers, the command ----
 
 
+def write_corpus(folder: Path) -> None:
+    """Some files of text, in a folder of their own."""
+    (folder / "corpus").mkdir()
+    for number in range(12):
+        (folder / "corpus" / f"file{number}.py").write_text(TEXTS[0][number * 500 : (number + 1) * 500])
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A folder with a run of `minizero.train`."""
     folder = tmp_path_factory.mktemp("run")
-    (folder / "corpus").mkdir()
-    for number in range(12):
-        (folder / "corpus" / f"file{number}.py").write_text(TEXTS[0][number * 500 : (number + 1) * 500])
+    write_corpus(folder)
     (folder / "tiny.toml").write_text(TINY)
     arguments = ["tiny.toml", "--data.source", "corpus", "--data.dir", "data", "--run.dir", "run"]
     ((code, _, errors),) = run_distributed(call_main, 1, str(folder), arguments)

@@ -16,7 +16,7 @@ import tokenizers
 import torch
 import transformers
 from harness import run_distributed
-from test_hf import LAYOUTS, LENGTH, OF_ALL, TEXTS, same, saved, tensors_of
+from test_hf import LAYOUTS, LENGTH, OF_ALL, TEXTS, same, saved, tensors_of, write_corpus
 from test_train import ENVIRONMENT, call_main, losses
 
 import minizero
@@ -51,9 +51,7 @@ ROWS, TOKENS = 301, 290
 def place(tmp_path_factory) -> Path:
     """A folder with a corpus, a config, and folders of models with a tokenizer that is not like ours."""
     folder = tmp_path_factory.mktemp("pretrained")
-    (folder / "corpus").mkdir()
-    for number in range(12):
-        (folder / "corpus" / f"file{number}.py").write_text(TEXTS[0][number * 500 : (number + 1) * 500])
+    write_corpus(folder)
     (folder / "tiny.toml").write_text(TINY)
     none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     for kind, more in {"llama": {"tied": False}, "gpt2": none, "llama3.1": {}}.items():
