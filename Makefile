@@ -12,9 +12,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 ARGS ?=
-# torch's CUDA builds bring a Triton of their own, which is the one to take there.
-CONSTRAINTS := $(if $(GPU),<(grep -v '^triton==' constraints.txt),constraints.txt)
-PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install -c $(CONSTRAINTS)
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install -c .venv/constraints.txt
 
 help:
 	@echo "make train   train the quickstart model on the Python standard library (ARGS='--train.steps 50' overrides)"
@@ -52,12 +50,13 @@ clean:
 
 # A stamp is written only after every install before it succeeded, so a failed install is tried again.
 # torch goes first and pinned. Without a GPU its CPU build is taken where one is to be had, since the default
-# Linux build brings gigabytes of CUDA libraries.
+# Linux build brings gigabytes of CUDA libraries, and a Triton of its own, which is then the one to take.
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "minizero needs Python 3.11 or newer on PATH (or PYTHON=/path/to/python)"; exit 1; }
 	@echo "Installing minizero into .venv ($(if $(GPU),CUDA,CPU) build of torch $(TORCH)); this takes a minute or two."
 	@rm -f .venv/installed .venv/installed-dev
 	@$(PYTHON) -m venv .venv
+	@grep -v '^triton==' constraints.txt > .venv/constraints.txt
 	@$(PIP) setuptools numpy
 ifeq ($(GPU),)
 	@$(PIP) "torch==$(TORCH)+cpu" 2>/dev/null \
@@ -66,6 +65,7 @@ ifeq ($(GPU),)
 else
 	@$(PIP) "torch==$(TORCH)"
 endif
+	@if ls .venv/lib/python*/site-packages | grep -q '^torch-.*+cpu\.dist-info'; then cp constraints.txt .venv/; fi
 	@$(PIP) --no-build-isolation -e .
 	@touch $@
 

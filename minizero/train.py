@@ -39,6 +39,7 @@ from minizero.models import build
 from minizero.observe.metrics import MetricsWriter
 from minizero.observe.progress import Progress
 from minizero.observe.pulse import Pulse, StopRequests
+from minizero.observe.watchdog import end_stopped_siblings
 from minizero.pretrained import Start, start_from
 from minizero.report import bits_per_byte, report
 from minizero.run_folder import INTERRUPTED, REQUEUE, checkpoint_folder, finish_save, finished_steps, save
@@ -63,7 +64,8 @@ def main(arguments: list[str] | None = None, requests: StopRequests | None = Non
     try:
         return run(load(path, overrides), requests or StopRequests())
     except EXPECTED as error:
-        return fail(f"{type(error).__name__}: {error}", 1)
+        stopped = "".join(f"\n(process {one} was stopped, and is killed)" for one in end_stopped_siblings())
+        return fail(f"{type(error).__name__}: {error}{stopped}", 1)
     except KeyboardInterrupt:
         return fail("interrupted; the same command continues from the newest checkpoint, if there is one yet", 130)
 

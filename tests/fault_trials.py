@@ -152,9 +152,17 @@ def kill_and_continue(nursery: Nursery, folder: Path, name: str, kills: list[Kil
         if problem := wrong_with_killed(job, ended, kill, states):
             return Outcome(problem, drawn=f"{name}, {kills}")
         if any(one.code == -kill.signal for one in ended):
-            seconds = max([seconds or 0.0, *(one.seconds for one in ended)])
+            seconds = max([seconds or 0.0, *(one.seconds for one in ended if not is_joining(one))])
     problem = wrong_with_continued(nursery, job, states, log, len(kills))
     return Outcome(clean(job, problem), seconds, f"{name}, {kills[0].point}" if not problem else f"{name}, {kills}")
+
+
+HEARD = ("CollectiveError", "CheckpointError", "ConnectionError")
+
+
+def is_joining(one: Ended) -> bool:
+    """Whether a rank was making a group, where gloo hears nothing of a death: it waits until the timeout."""
+    return "ConnectionError" in one.words and "making a group" in one.words
 
 
 def wrong_with_killed(job: Job, ended: list[Ended], kill: Kill, states: list[str | None]) -> str:
@@ -162,11 +170,11 @@ def wrong_with_killed(job: Job, ended: list[Ended], kill: Kill, states: list[str
     for rank, one in enumerate(ended):
         if died and one.code == 0 and one.state != states[rank]:
             return f"rank {rank} ended well, with another state"
-        if one.code > 0 and not any(word in one.words for word in ("CollectiveError", "CheckpointError")):
+        if one.code > 0 and not any(word in one.words for word in HEARD):
             return f"rank {rank} ended with {one.words[-300:]}"
         if one.code < 0 and rank not in died:
             return f"rank {rank} ended with {one.code}"
-        if rank not in died and one.seconds > HEARD_WITHIN:
+        if rank not in died and one.seconds > HEARD_WITHIN + (job.timeout if is_joining(one) else 0):
             return f"rank {rank} ended {one.seconds:.1f} s after the death of {died}"
     checkpoints = Path(job.folder) / "checkpoints"
     if (checkpoints / "latest").exists():

@@ -12,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -197,7 +198,8 @@ def planted(folder: Path, name: str, *changes: tuple[str, str]) -> ModuleType:
         if old not in source:  # no AssertionError: that is what a defect is expected to raise
             raise LookupError(f"minizero/kernels/{name}.py no longer has {old!r}: plant this defect elsewhere")
         source = source.replace(old, new)
-    path = folder / f"planted_{name}.py"
+    # Python takes what it compiled before for a file that has the same name, length, and second of writing.
+    path = Path(tempfile.mkdtemp(dir=folder)) / f"planted_{name}.py"
     path.write_text(source)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None

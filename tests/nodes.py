@@ -82,6 +82,16 @@ class Nodes:
         """Put it back."""
         ip("-n", f"{self.name}s", "link", "set", f"port{node}", "up")
 
+    def mute(self, node: int, peer: int) -> None:
+        """What a node sends to a peer is lost, and nobody is told; what it is sent arrives."""
+        nobody = "lladdr 02:00:00:00:00:01 dev eth0 nud permanent"
+        ip("-n", f"{self.name}n{node}", "neigh", "replace", address(peer), *nobody.split())
+
+    def slow(self, node: int, mbit: int) -> None:
+        """Make what a node sends slower."""
+        shape = f"qdisc add dev eth0 root tbf rate {mbit}mbit burst 32kbit latency 50ms"
+        subprocess.run(["tc", "-n", f"{self.name}n{node}", *shape.split()], check=True)
+
 
 def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True)

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -99,6 +100,26 @@ def test_who_does_not_come_is_said():
     assert "failed: " in said and "1/3" in said  # torch's own words
     (said,) = run_distributed(find_nobody, 1)
     assert said.startswith("rank 1 of 3, joining the job at 127.0.0.1:") and "failed: " in said
+
+
+def make_a_group(alone: int) -> str | None:
+    if dist.get_rank() != alone:
+        return None
+    with pytest.raises(ConnectionError) as caught:
+        mesh.new_group([0, 1], timeout=0.5)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("alone", (0, 1))
+def test_a_group_that_a_rank_does_not_come_to_is_named(alone):
+    said = run_distributed(make_a_group, 2, alone)[alone]
+    assert said is not None and said.startswith(f"rank {alone}, making a group of ranks [0, 1], failed: "), said
+
+
+def test_a_store_in_a_file_is_the_same_error(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 2)
+    with pytest.raises(ConnectionError, match="^rank 0 failed: Wait timeout"), mesh.joining("rank 0", 1.0):
+        store.wait(["nobody"], timedelta(seconds=0.1))
 
 
 def test_the_outer_deadline_counts(capfd):

@@ -18,6 +18,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,29 @@ def test_local_stops_with_75_and_goes_on(place):
     assert sorted(set(steps(place / "local"))) == list(range(1, 61))
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("frozen", (0, 1))
+def test_a_frozen_rank_is_replaced_within_ten_seconds_of_the_timeout(place, frozen):
+    """The other one ends after dist.timeout and takes it along; torchrun alone would wait 30 s for who cannot end."""
+    run, limit = f"frozen{frozen}", 6
+    more = ("--nproc", "2", "--train.steps", "100000", "--checkpoint.every", "20", "--dist.timeout", str(limit))
+    command = [LAUNCH / "local.sh", *arguments(place, run, *more)]
+    job = subprocess.Popen(command, env=HERE, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_until(lambda: len(steps(place / run)) > 29, 90, "thirty steps")
+    before = ranks_of(job)
+    (struck,) = (one for one in before if f"\0RANK={frozen}\0".encode() in Path(f"/proc/{one}/environ").read_bytes())
+    os.kill(struck, signal.SIGSTOP)
+    time.sleep(1.0)
+    reached = len(steps(place / run))
+    seconds = 1.0 + wait_until(lambda: len(steps(place / run)) > reached, limit + 60, "a step after the restart")
+    assert not set(ranks_of(job)) & set(before)
+    job.terminate()
+    text, _ = job.communicate(timeout=60)
+    print(f"training again {seconds:.1f} s after the rank froze")
+    assert job.returncode == REQUEUE and f"process {struck} was stopped" in text and "continuing from" in text, text
+    assert seconds < limit + 10, text
+
+
 def test_a_run_that_cannot_begin_does_not_ask_to_be_started_again(tmp_path, monkeypatch):
     word = tmp_path / INTERRUPTED
     assert cli.requeued(1, word, cli.written(word)) == 1
@@ -180,7 +204,7 @@ def two(tmp_path) -> Iterator[Nodes]:
 def start(two: Nodes, node: int, place: Path, more: list[str], **environment: str) -> subprocess.Popen[str]:
     """multinode.sh on one of two nodes, with one rank, that sends messages: memory would need no cable."""
     fixed = ["--nproc", "1", "--dist.transport", "messages", "--dist.timeout", str(TIMEOUT)]
-    command = [str(LAUNCH / "multinode.sh"), "--interface", "eth0", *more, *fixed]
+    command = [str(LAUNCH / "multinode.sh"), "--interface", "eth0", *fixed, *more]
     return two.run(node, command, {**HERE, **environment}, place)
 
 
@@ -226,13 +250,15 @@ def ended(pids: list[int]) -> bool:
 
 @pytest.mark.soak
 @needs_nodes
-def test_a_cut_cable_ends_every_rank_and_every_agent(place, two):
-    more = arguments(place, "cut", "--train.steps", "100000", "--checkpoint.every", "0")
+@pytest.mark.parametrize("cable", ("cut", "one way"))
+def test_a_cut_cable_ends_every_rank_and_every_agent(place, two, cable):
+    more = arguments(place, cable, "--train.steps", "100000", "--checkpoint.every", "0")
     running = [start_elastic(two, node, place, more) for node in range(2)]
-    wait_until(lambda: len(steps(place / "cut")) > 9, 90, "ten steps")
+    wait_until(lambda: len(steps(place / cable)) > 9, 90, "ten steps")
     ranks = [ranks_of(process) for process in running]
     assert [len(found) for found in ranks] == [1, 1]
-    two.cut(1)
+    fault = two.cut if cable == "cut" else partial(two.mute, peer=0)
+    fault(1)
     began, times = time.monotonic(), {}
     while len(times) < 4 and time.monotonic() - began < TIMEOUT + 60:
         for node, process in enumerate(running):
@@ -252,17 +278,29 @@ def test_a_cut_cable_ends_every_rank_and_every_agent(place, two):
 @pytest.mark.soak
 @needs_nodes
 def test_a_cable_that_comes_back_in_time_costs_no_step(place, two):
-    more = arguments(place, "flap", "--train.steps", "300", "--checkpoint.every", "0")
+    more = arguments(place, "flap", "--train.steps", "300", "--checkpoint.every", "0", "--dist.timeout", "20")
     running = [start_elastic(two, node, place, more) for node in range(2)]
     wait_until(lambda: len(steps(place / "flap")) > 9, 90, "ten steps")
     two.cut(1)
     time.sleep(1.0)
     before = len(steps(place / "flap"))
-    time.sleep(3.0)
+    time.sleep(5.0)
     assert len(steps(place / "flap")) == before < 300  # nothing goes on meanwhile
     two.mend(1)
     assert [process.wait(120) for process in running] == [0, 0], said(two)
     assert steps(place / "flap") == list(range(1, 301)) and "continuing from" not in two.said(0)
+
+
+@pytest.mark.soak
+@needs_nodes
+def test_a_slow_network_changes_nothing_but_the_time(place, two):
+    more = ("--train.steps", "30", "--checkpoint.every", "0")
+    for run in ("fast", "slow"):
+        running = [start_elastic(two, node, place, arguments(place, run, *more)) for node in range(2)]
+        assert [process.wait(120) for process in running] == [0, 0], said(two)
+        for node in range(2):
+            two.slow(node, 100)
+    assert losses(place / "fast") == losses(place / "slow") and len(losses(place / "slow")) == 30
 
 
 @pytest.mark.soak
@@ -281,17 +319,24 @@ def test_a_drained_first_node_stops_both_and_both_go_on(place, two):
 
 @pytest.mark.soak
 @needs_nodes
-def test_a_lost_node_is_done_without(place, two):
-    """One of 1:2 nodes: the other goes on from the newest checkpoint, with the same global batch, to the same end."""
-    more = arguments(place, "lost", "--train.steps", "200", "--checkpoint.every", "20")
+@pytest.mark.parametrize("word", ("and says so", "without a word"))
+def test_a_lost_node_is_done_without(place, two, word):
+    """One of 1:2 nodes: the other goes on from the newest checkpoint, with the same global batch, to the same end.
+
+    A system closes the connections of a process that dies; a host that loses its power leaves them half open.
+    """
+    lost = f"lost {word}"
+    more = arguments(place, lost, "--train.steps", "200", "--checkpoint.every", "20")
     running = [start_elastic(two, node, place, more, "1:2") for node in range(2)]
-    wait_until(lambda: len(steps(place / "lost")) > 29, 120, "thirty steps")
+    wait_until(lambda: len(steps(place / lost)) > 29, 120, "thirty steps")
+    if word == "without a word":
+        two.cut(1)
     kill_tree(running[1])
     seconds = wait_until(lambda: "over 1 ranks" in two.said(0), 60, "a world of one")
     print(f"training again {seconds:.1f} s after the node was lost")
     assert running[0].wait(120) == 0, said(two)
     assert "over 2 ranks" in two.said(0) and "continuing from" in two.said(0)
-    rows = [json.loads(line) for line in (place / "lost" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (place / lost / "metrics.jsonl").read_text().splitlines()]
     assert sorted({row["step"] for row in rows}) == list(range(1, 201))
     assert {row["tokens"] for row in rows} == {4 * 15}  # of the global batch, whatever the world
     whole = subprocess.run(

@@ -28,7 +28,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from itertools import groupby
 from math import prod
 from typing import TypeVar
@@ -133,8 +132,7 @@ class Communicator:
         # Gathers and reductions are each called in one order on all ranks, but not in one order together.
         self._reduce_group = self.group
         if self.transport is None and self.size > 1:
-            limit = timedelta(seconds=timeout)
-            self._reduce_group = dist.new_group(self._ranks, timeout=limit, use_local_synchronization=True)
+            self._reduce_group = new_group(self._ranks, timeout, use_local_synchronization=True)
 
     def along(self, axis: str) -> Communicator:
         """The same for another axis of the mesh, with the same ledger; collective over that axis."""

@@ -2,12 +2,16 @@
 
 A collective has its own deadline (`dist.timeout`), which ends those who wait for a peer. The peer itself may compute
 without end, wait for a disk, or hold the interpreter's lock in native code: past `dist.step_timeout` its process says
-where it is, and ends.
+where it is, and ends. One that is stopped (SIGSTOP, an exhausted cgroup) cannot: ranks that end because it did not
+answer take it along, since torchrun's agent would give it half a minute before the restart.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import os
+import signal
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 
 from minizero.dist.ledger import CommLedger
 from minizero.utils.deadline import ends_after
@@ -34,3 +38,20 @@ class Watchdog:
             f"rank {self.rank}: {what} (step {self.ledger.step}) has taken {self.seconds:g} s, the limit of "
             f"dist.step_timeout; this process ends. Its latest collectives, newest last:\n  {calls}"
         )
+
+
+def end_stopped_siblings() -> list[int]:
+    """Kill the ranks of this node that are stopped; their process numbers. For a rank that ends because of a peer.
+
+    Under torchrun only, where siblings are ranks. Who is stopped by a debugger is in another state, and stays.
+    """
+    ended: list[int] = []
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ended
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended just now
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if state == "T" and int(parent) == os.getppid():
+                os.kill(int(stat.parent.name), signal.SIGKILL)
+                ended.append(int(stat.parent.name))
+    return ended
