@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# torch's store asks the name server who connects to it, 5 s long where an answer is lost: here nobody is asked.
+os.environ.setdefault("RES_OPTIONS", "attempts:0")
 os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; those that are compiled, in processes without it
 
 import harness

@@ -94,7 +94,7 @@ MATRIX = (
         tests=(LAUNCH + "test_a_lost_node_is_done_without",)),
     Row(13, "NaN or infinity on one rank; a spike of ten", "skipped by all; k in a row end it, with rank and samples",
         trials.not_finite, 20, 200, 4),
-    Row(14, "one rank calls another shape, dtype, operation, order, or nothing", "all told who calls what (check mode)",
+    Row(14, "one rank calls another shape, dtype, operation, order, or nothing", "all end by T; in check mode at once",
         trials.astray, 25, 250, 5, 2.0),
     Row(15, "one rank with other settings, seed, code or model", "refused before the first step, with the difference",
         trials.disagreeing, 20, 100, 4, 2.0),

@@ -37,7 +37,7 @@ def dry(module: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.soak  # the dry run of everything has them too
+@pytest.mark.soak
 def test_dry_run_of_kernels_names_them_all() -> None:
     lines = dry("benchmarks.kernels", "--dry").splitlines()
     for name in PUBLIC:
@@ -48,6 +48,7 @@ def test_dry_run_of_kernels_names_them_all() -> None:
     assert lines[-1] == f"dry run: {lines[-1].split()[2]} rows of {len(PUBLIC)} kernels, 0 broken"
 
 
+@pytest.mark.soak
 @no_card
 def test_dry_run_of_everything_without_a_card() -> None:
     lines = dry("benchmarks.gpu").splitlines()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -120,6 +121,26 @@ def test_a_store_in_a_file_is_the_same_error(tmp_path):
     store = dist.FileStore(str(tmp_path / "store"), 2)
     with pytest.raises(ConnectionError, match="^rank 0 failed: Wait timeout"), mesh.joining("rank 0", 1.0):
         store.wait(["nobody"], timedelta(seconds=0.1))
+
+
+AGENT = """
+import os, signal, subprocess, sys, time
+frozen, busy = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
+frozen.send_signal(signal.SIGSTOP)
+os.waitpid(frozen.pid, os.WUNTRACED)
+rank = "from minizero.observe.watchdog import end_stopped_siblings; print(end_stopped_siblings())"
+for more in {}, {"TORCHELASTIC_RUN_ID": "1"}:
+    print(subprocess.run([sys.executable, "-c", rank], env=os.environ | more, capture_output=True, text=True).stdout)
+print([frozen.pid], frozen.poll(), busy.poll())
+busy.kill()
+"""
+
+
+def test_a_stopped_sibling_is_ended_and_one_that_runs_is_not():
+    """Under torchrun only, whose agent is the parent: elsewhere a sibling may be anybody's."""
+    done = subprocess.run([sys.executable, "-c", AGENT], capture_output=True, text=True, timeout=60)
+    nobody, ended, (number, *codes) = *done.stdout.split("\n\n")[:2], done.stdout.splitlines()[-1].split()
+    assert (nobody, ended, codes) == ("[]", number, ["-9", "None"]), done.stdout + done.stderr
 
 
 def test_the_outer_deadline_counts(capfd):

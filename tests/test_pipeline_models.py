@@ -238,7 +238,7 @@ def foreign(name: str, layers: int = 5) -> Any:
 def train_foreign(name: str, pp: int, schedule: str, **more: Any) -> tuple[list[float], list[float]]:
     samples, counts = 6, 3
     engine, *_ = minizero.initialize(model=foreign(name), config=settings(counts, samples, pp, schedule, **more))
-    dense = [{"input_ids": b["input_ids"], "labels": b["input_ids"]} for b in batches(STEPS, samples)]
+    dense = [{"input_ids": b["input_ids"], "labels": b["input_ids"]} for b in batches(3, samples)]
     return run_steps(engine, dense, counts)
 
 
