@@ -831,7 +831,7 @@ def soaked(minutes: float, interval: float = 30.0) -> Trial:
         ended = nursery.run(last)
         if problem := not_all_well(ended):
             return Outcome(problem, drawn=name)
-        states, log = straight(nursery, replace(last, details={}), folder)
+        states, log = straight(nursery, replace(last, details={}, deadline=60 * minutes + 600), folder)
         problem = "" if [one.state for one in ended] == states else "another end"
         problem = problem or ("" if logged(job.folder, 0) == log else "other losses")
         return Outcome(clean(job, problem), drawn=f"{name}, {faults} faults, {last.steps} steps")

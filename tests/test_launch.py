@@ -203,7 +203,7 @@ def two(tmp_path) -> Iterator[Nodes]:
 def start(two: Nodes, node: int, place: Path, more: list[str], **environment: str) -> subprocess.Popen[str]:
     """multinode.sh on one of two nodes, with one rank, that sends messages: memory would need no cable."""
     fixed = ["--nproc", "1", "--dist.transport", "messages", "--dist.timeout", str(TIMEOUT)]
-    command = [str(LAUNCH / "multinode.sh"), "--interface", "eth0", *fixed, *more]
+    command = [str(LAUNCH / "multinode.sh"), "--interface", "eth0", more[0], *fixed, *more[1:]]
     return two.run(node, command, {**HERE, **environment}, place)
 
 
