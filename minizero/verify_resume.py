@@ -19,6 +19,7 @@ from typing import Any
 from minizero.checkpoint.inspect import diff
 from minizero.checkpoint.manifest import read_manifest
 from minizero.checkpoint.tensor_file import TensorFile
+from minizero.utils.processes import descendants
 
 OF_THE_CLOCK = ("tokens_per_second",)
 PAUSE = 0.02  # seconds between two looks for the checkpoint
@@ -77,21 +78,6 @@ def kill_at(checkpoint: Path, process: subprocess.Popen[str]) -> None:
     if not checkpoint.is_dir():
         said = process.stderr.read() if process.stderr is not None else ""
         raise RuntimeError(f"the run ended before {checkpoint}:\n{said[-2000:]}")
-
-
-def descendants(pid: int) -> list[int]:
-    """`pid` and all processes below it, as /proc has them: torchrun's workers are in sessions of their own."""
-    parents: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found = [pid]
-    for one in found:
-        found += parents.get(one, [])
-    return found
 
 
 def random_differences(one: Path, other: Path) -> list[str]:

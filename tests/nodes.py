@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from minizero.verify_resume import descendants
+from minizero.utils.processes import descendants
 
 
 def obstacle() -> str:

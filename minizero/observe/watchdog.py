@@ -2,8 +2,8 @@
 
 A collective has its own deadline (`dist.timeout`), which ends those who wait for a peer. The peer itself may compute
 without end, wait for a disk, or hold the interpreter's lock in native code: past `dist.step_timeout` its process says
-where it is, and ends. One that is stopped (SIGSTOP, an exhausted cgroup) cannot: ranks that end because it did not
-answer take it along, since torchrun's agent would give it half a minute before the restart.
+where it is, and ends. One that is stopped (SIGSTOP) cannot: ranks of `minizero.train` that end
+because it did not answer take it along, since torchrun's agent would give it half a minute before the restart.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import AbstractContextManager, suppress
-from pathlib import Path
 
 from minizero.dist.ledger import CommLedger
 from minizero.utils.deadline import ends_after
+from minizero.utils.processes import all_processes
 
 
 class Watchdog:
@@ -45,13 +45,10 @@ def end_stopped_siblings() -> list[int]:
 
     Under torchrun only, where siblings are ranks. Who is stopped by a debugger is in another state, and stays.
     """
-    ended: list[int] = []
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return ended
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended just now
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-            if state == "T" and int(parent) == os.getppid():
-                os.kill(int(stat.parent.name), signal.SIGKILL)
-                ended.append(int(stat.parent.name))
-    return ended
+        return []
+    stopped = [one for one, (state, parent) in all_processes().items() if state == "T" and parent == os.getppid()]
+    for one in stopped:
+        with suppress(ProcessLookupError):  # a sibling was faster
+            os.kill(one, signal.SIGKILL)
+    return stopped
