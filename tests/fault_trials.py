@@ -620,8 +620,9 @@ def astray(nursery: Nursery, folder: Path, chance: random.Random) -> Outcome:
                  for n in range(4)]  # fmt: skip
         ours = calls[at]["operation"]
         other = chance.choice([name for name in OPERATIONS if name != ours])
-        is_alike = {"operation": {ours, other} == {"all_reduce", "shift"}, "shape": ours == "broadcast"}.get(kind)
-        if checks or not (is_alike or kind == "swapped"):
+        is_unseen = kind in ("shape", "dtype") and ours == "broadcast" or kind == "swapped"
+        is_unseen = is_unseen or kind == "operation" and {ours, other} == {"all_reduce", "shift"}
+        if checks or not is_unseen:
             break
         kind = "operation" if kind == "swapped" else kind
     details = {"check": checks, "calls": calls, "at": at, "kind": kind, "rank": rank, "other": other}

@@ -89,7 +89,7 @@ class Nodes:
 
     def slow(self, node: int, mbit: int) -> None:
         """Make what a node sends slower."""
-        shape = f"qdisc add dev eth0 root tbf rate {mbit}mbit burst 32kbit latency 50ms"
+        shape = f"qdisc replace dev eth0 root tbf rate {mbit}mbit burst 32kbit latency 50ms"
         subprocess.run(["tc", "-n", f"{self.name}n{node}", *shape.split()], check=True)
 
 
