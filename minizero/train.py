@@ -15,11 +15,13 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -82,6 +84,20 @@ def fail(message: str, code: int) -> int:
         time.sleep(HEAD_START)
     print(f"minizero: {message}", file=sys.stderr, flush=True)
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """End the process once its saves have ended.
+
+    Taking the interpreter apart, with all that torch is, would take another second or two. Peers that wait for this
+    rank hear of its end only then, and torchrun starts again only then.
+    """
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run(resolved: Resolved, requests: StopRequests) -> int:
@@ -301,4 +317,4 @@ if __name__ == "__main__":
     faulthandler.register(signal.SIGUSR2)  # `kill -USR2` a rank that seems to hang: it prints where it is
     asked = StopRequests()
     asked.listen(signal.SIGTERM, signal.SIGUSR1)  # a scheduler's warning is either
-    sys.exit(main(requests=asked))
+    leave(main(requests=asked))

@@ -57,15 +57,63 @@ def test_alone_is_at_once():
         agree_on_attempt(store, 0, 3, 0.1)
 
 
-def test_a_store_that_does_not_answer_holds_nobody_up(monkeypatch):
+def told_by(pauses: list[float], monkeypatch) -> list[tuple[float, str]]:
+    """(seconds, words) of ranks that ask where everyone is, each `pauses[rank]` seconds late; -1 never does."""
+    store, found = dist.HashStore(), [(0.0, "")] * len(pauses)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+
+    def ask(place: int) -> None:
+        time.sleep(pauses[place])
+        began = time.monotonic()
+        words = positions.where_everyone_is(range(5, 5 + len(pauses)), place, f"waits for {place}")
+        found[place] = time.monotonic() - began, words
+
+    threads = [threading.Thread(target=ask, args=(place,)) for place, pause in enumerate(pauses) if pause >= 0]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    return found
+
+
+def test_those_who_fail_together_hear_of_each_other_at_once(monkeypatch):
+    found = told_by([0.0, 0.1, 0.2], monkeypatch)
+    everyone = "\n".join(f"  rank {place} waits for {place}" for place in range(3))
+    assert [words for _, words in found] == [everyone] * 3
+    assert max(seconds for seconds, _ in found) < 0.2 + positions.PATIENCE
+
+
+def test_news_is_waited_for_and_silence_is_not(monkeypatch):
+    """Each comes within the patience that the one before renewed; the last one's silence ends all of it."""
+    monkeypatch.setattr(positions, "PATIENCE", 0.8)
+    found = told_by([0.0, 0.5, 1.0, -1], monkeypatch)
+    for _, words in found[:3]:
+        assert words.count("waits for") == 3 and words.endswith(
+            "  rank 3 does not answer: it died, or computes something else"
+        )
+    assert found[0][0] > 1.0 and max(seconds for seconds, _ in found) < positions.LIMIT + 1
+    monkeypatch.setattr(positions, "LIMIT", 0.3)
+    assert told_by([0.0, 0.5, -1], monkeypatch)[0][1].count("does not answer") == 2
+
+
+def test_who_comes_late_has_the_words_of_those_who_have_gone(monkeypatch):
+    monkeypatch.setattr(positions, "PATIENCE", 0.1)
+    first, last = told_by([0.0, 0.5], monkeypatch)
+    assert "rank 1 does not answer" in first[1] and "rank 0 waits for 0\n  rank 1 waits for 1" in last[1]
+
+
+@pytest.mark.parametrize("answers", (False, True))
+def test_a_store_that_does_not_answer_holds_nobody_up(monkeypatch, answers):
     """Behind a cable that was cut, a store's client waits for ever: the rank must end all the same."""
 
     class Gone:
-        def set(self, key: str, value: str) -> None:
-            threading.Event().wait()
+        def add(self, key: str, value: int) -> int:
+            threading.Event().wait(0 if answers else None)
+            raise RuntimeError("Broken pipe")
 
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", Gone)
-    monkeypatch.setattr(positions, "STORE_ANSWERS", 0.2)
     began = time.monotonic()
-    assert "store's host does not answer" in positions.where_everyone_is([0, 1], 1, "waits for a test")
-    assert time.monotonic() - began < 5
+    words = positions.where_everyone_is([0, 1], 1, "waits for a test")
+    assert words == f"  where the others are cannot be asked: {'Broken pipe' if answers else GONE}"
+    assert time.monotonic() - began < positions.PATIENCE + 0.5
+
+
+GONE = "the store's host does not answer"

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -278,3 +279,16 @@ def test_a_signal_after_the_last_step_changes_nothing(place):
     arguments = [str(place / "tiny.toml"), *shared, "--run.dir", "late"]
     assert run_distributed(call_with_a_late_signal, 2, str(place), arguments) == [0, 0]
     assert (place / "late" / "summary.json").is_file() and not (place / "late" / "interrupted.json").exists()
+
+
+def test_leaving_waits_for_a_save_and_for_nothing_else(tmp_path):
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            threading.Thread(target=lambda: (time.sleep(0.5), (tmp_path / "saved").touch())).start()
+            threading.Thread(target=time.sleep, args=(60.0,), daemon=True).start()
+            train.leave(7)
+        os._exit(1)
+    began = time.monotonic()
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 7 and (tmp_path / "saved").exists() and time.monotonic() - began < 20
