@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ import pytest
 import torch
 
 interpreter.cure()
+gc.set_threshold(
+    50_000, 50, 1000
+)  # kernels in the interpreter make so many objects that looking after them is a quarter
 
 MIN_DISTRIBUTED_CALLS = 200
 """A whole run of the suite that completes fewer distributed calls than this fails: it has lost its subject."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -67,6 +68,7 @@ def train(
     return run_steps(engine, batches(steps, samples), microbatches)
 
 
+@cache
 def plainly(
     family: str, layers: int, steps: int, samples: int, microbatches: int, **more: Any
 ) -> tuple[list[float], list[float]]:
@@ -109,13 +111,13 @@ def train_each(
 
 @pytest.mark.parametrize(
     ("pp", "steps"),
-    ((2, 3), (4, 2), *(pytest.param(pp, STEPS, marks=pytest.mark.soak) for pp in (2, 4))),
+    ((2, 2), (4, 2), *(pytest.param(pp, STEPS, marks=pytest.mark.soak) for pp in (2, 4))),
 )
 @pytest.mark.parametrize(("schedule", "chunks"), SCHEDULES)
 def test_every_schedule_with_every_number_of_microbatches(schedule, chunks, pp, steps):
     family = "llama" if schedule in ("one_f_one_b", "zb_h1", "interleaved") and chunks != 3 else "gpt2"
     layers = pp * (2 if schedule in ("zbv", "dualpipe_v") else chunks or 1) + 1
-    counts = [*range(1, 3 * pp + 1)] if pp == 2 or steps == STEPS else [1, 3, 4, 7, 12]
+    counts = [*range(1, 3 * pp + 1)] if pp == 2 or steps == STEPS else [1, 3, 4, 9]
     reports = run_distributed(train_each, pp, family, layers, counts, pp, schedule, chunks, steps, timeout=240)
     for place, count in enumerate(counts):
         wanted = plainly(family, layers, steps, count, count, tie_embeddings=count % 2 == 0)
@@ -148,10 +150,11 @@ def legal(cell: dict[str, Any]) -> bool:
 CELLS = covering(FEATURES, legal)
 
 
-def world_of(cell: Any) -> int:
-    """Two data-parallel ranks where they fit into eight."""
+def world_of(cell: Any, dtype: torch.dtype) -> int:
+    """Two data-parallel ranks where they fit into eight; in float64 where nobody else shares what ZeRO shards."""
     ranks = 2 * cell[1] * (1 if cell[3] == "none" else 2)
-    return ranks if ranks == 8 else 2 * ranks
+    is_shared = ranks == 8 or (dtype == torch.float64 and cell[3] != "none")
+    return ranks if is_shared else 2 * ranks
 
 
 def train_cell(cell: Any, dtype: torch.dtype, steps: int) -> Any:
@@ -186,7 +189,7 @@ def train_cell(cell: Any, dtype: torch.dtype, steps: int) -> Any:
 def test_a_pipeline_goes_with_every_other_axis(cell, dtype, steps, bound):
     family, tied = cell[-2:]
     wanted = plainly(family, 5, steps, 8, 4, dtype=dtype, tie_embeddings=tied)
-    agree(run_distributed(train_cell, world_of(cell), cell, dtype, steps), wanted, bound)
+    agree(run_distributed(train_cell, world_of(cell, dtype), cell, dtype, steps), wanted, bound)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def without_launcher(place: Path, world: int, *more: str) -> list[tuple[int, str
 
 LAYOUTS = sorted(path.stem for path in (ROOT / "launch" / "configs").glob("*.toml"))
 SHRUNK = (
-    "--model.hidden_size 32 --model.num_layers 4 --data.vocab_size 300 --data.validation_fraction 0.3 --train.steps 3 "
+    "--model.hidden_size 32 --model.num_layers 4 --data.vocab_size 300 --data.validation_fraction 0.3 --train.steps 2 "
     "--train.sequence_length 15 --train.eval_every 0 --checkpoint.every 0"
 ).split()
 

@@ -26,9 +26,10 @@ def payload(report, operation, phase=None):
     return sum(c.payload for c in matching)
 
 
-@pytest.mark.parametrize("world", (2, 4, 8))
-@pytest.mark.parametrize("accumulation", (1, 2))
-@pytest.mark.parametrize("precision", ("fp32", "bf16"))
+@pytest.mark.parametrize(
+    ("world", "accumulation", "precision"),
+    ((2, 1, "fp32"), (2, 2, "bf16"), (4, 1, "bf16"), (4, 2, "fp32"), (8, 2, "bf16")),
+)
 def test_payload_bytes_are_the_closed_form(world, accumulation, precision):
     """Psi = padded elements x bytes of the compute dtype; a = accumulation; stage 0 gathers fp32 sums."""
     steps = 2

@@ -39,6 +39,7 @@ from minizero.dist.collectives import Communicator
 from minizero.dist.sharding import split_sizes
 from minizero.parallel.last_product import second_pass
 from minizero.utils.forward import Forward, forward_of, running
+from minizero.utils.operands import operands
 
 
 class RecomputeError(RuntimeError):
@@ -219,9 +220,9 @@ class FirstPass(TorchFunctionMode):
         self.made: list[tuple[str, ref[Tensor]]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs or {})):
-            if isinstance(leaf, Tensor) and leaf.requires_grad and id(leaf) not in self._inputs:
-                self.captured[leaf] = None
+        for tensor in operands((*args, *(kwargs or {}).values())):
+            if tensor.requires_grad and id(tensor) not in self._inputs:
+                self.captured[tensor] = None
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and result.is_floating_point():
             self.made.append((getattr(func, "__name__", "a function"), ref(result)))

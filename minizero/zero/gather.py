@@ -34,6 +34,7 @@ from torch.utils.hooks import RemovableHandle
 
 from minizero.dist.collectives import CollectiveError, Communicator
 from minizero.utils.autograd import MadeBy, next_node
+from minizero.utils.operands import operands
 from minizero.zero.unit import State, Unit
 
 
@@ -332,9 +333,9 @@ class ReadWatcher(TorchFunctionMode):
         if reads and not self.reporting:
             self.reporting = True
             try:
-                for leaf in tree_leaves((args, kwargs or {})):
-                    if isinstance(leaf, nn.Parameter):
-                        self.report(leaf)
+                for tensor in operands((*args, *(kwargs or {}).values())):
+                    if isinstance(tensor, nn.Parameter):
+                        self.report(tensor)
             finally:
                 self.reporting = False
         return func(*args, **(kwargs or {}))
