@@ -27,7 +27,7 @@ train: .venv/installed
 	@$(BIN)/minizero train launch/configs/quickstart.toml --nproc auto $(ARGS)
 
 # Two halves side by side, since ranks often wait for each other: in one many ranks, in the other hardly more than one
-# busy process at a time. The second one's report comes last. What ARGS name is run as pytest does it.
+# busy process at a time. What ARGS name is run as pytest does it.
 FEW := $(foreach name,kernels_* hf pretrained train launch deadline harness pipeline_schedules weights refusals observe,\
     tests/test_$(name).py)
 FEW := $(filter-out tests/test_kernels_training.py,$(wildcard $(FEW)))
@@ -36,6 +36,7 @@ test: .venv/installed-dev
 ifneq ($(ARGS),)
 	$(BIN)/python -m pytest -q $(ARGS)
 else
+	@echo "Two halves side by side; the second one writes to .venv/few.txt, shown when both have ended."
 	@$(BIN)/python -m pytest -q $(FEW) > .venv/few.txt 2>&1 & few=$$!; code=0; \
 	  $(BIN)/python -m pytest -q $(addprefix --ignore=,$(FEW)) || code=$$?; \
 	  wait $$few || code=$$?; cat .venv/few.txt; exit $$code

@@ -22,9 +22,8 @@ import pytest
 import torch
 
 interpreter.cure()
-gc.set_threshold(
-    50_000, 50, 1000
-)  # kernels in the interpreter make so many objects that looking after them is a quarter
+# Kernels in the interpreter make so many objects that a quarter of their time went into looking for garbage.
+gc.set_threshold(50_000, 50, 1000)
 
 MIN_DISTRIBUTED_CALLS = 200
 """A whole run of the suite that completes fewer distributed calls than this fails: it has lost its subject."""

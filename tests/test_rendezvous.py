@@ -75,28 +75,30 @@ def told_by(pauses: list[float], monkeypatch) -> list[tuple[float, str]]:
 
 
 def test_those_who_fail_together_hear_of_each_other_at_once(monkeypatch):
+    monkeypatch.setattr(positions, "PATIENCE", 10.0)
+    monkeypatch.setattr(positions, "LIMIT", 10.0)
     found = told_by([0.0, 0.1, 0.2], monkeypatch)
     everyone = "\n".join(f"  rank {place} waits for {place}" for place in range(3))
     assert [words for _, words in found] == [everyone] * 3
-    assert max(seconds for seconds, _ in found) < 0.2 + positions.PATIENCE
+    assert max(seconds for seconds, _ in found) < 5
 
 
 def test_news_is_waited_for_and_silence_is_not(monkeypatch):
     """Each comes within the patience that the one before renewed; the last one's silence ends all of it."""
-    monkeypatch.setattr(positions, "PATIENCE", 0.8)
-    found = told_by([0.0, 0.5, 1.0, -1], monkeypatch)
+    monkeypatch.setattr(positions, "PATIENCE", 1.2)
+    monkeypatch.setattr(positions, "LIMIT", 30.0)
+    found = told_by([0.0, 0.7, 1.4, -1], monkeypatch)
     for _, words in found[:3]:
         assert words.count("waits for") == 3 and words.endswith(
             "  rank 3 does not answer: it died, or computes something else"
         )
-    assert found[0][0] > 1.0 and max(seconds for seconds, _ in found) < positions.LIMIT + 1
-    monkeypatch.setattr(positions, "LIMIT", 0.3)
-    assert told_by([0.0, 0.5, -1], monkeypatch)[0][1].count("does not answer") == 2
+    assert found[0][0] > 1.4 and max(seconds for seconds, _ in found) < 15
+    monkeypatch.setattr(positions, "LIMIT", 0.4)
+    assert told_by([0.0, 1.0, -1], monkeypatch)[0][1].count("does not answer") == 2
 
 
 def test_who_comes_late_has_the_words_of_those_who_have_gone(monkeypatch):
-    monkeypatch.setattr(positions, "PATIENCE", 0.1)
-    first, last = told_by([0.0, 0.5], monkeypatch)
+    first, last = told_by([0.0, 2.0], monkeypatch)
     assert "rank 1 does not answer" in first[1] and "rank 0 waits for 0\n  rank 1 waits for 1" in last[1]
 
 
@@ -113,7 +115,7 @@ def test_a_store_that_does_not_answer_holds_nobody_up(monkeypatch, answers):
     began = time.monotonic()
     words = positions.where_everyone_is([0, 1], 1, "waits for a test")
     assert words == f"  where the others are cannot be asked: {'Broken pipe' if answers else GONE}"
-    assert time.monotonic() - began < positions.PATIENCE + 0.5
+    assert time.monotonic() - began < 5
 
 
 GONE = "the store's host does not answer"
