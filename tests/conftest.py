@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -22,8 +21,6 @@ import pytest
 import torch
 
 interpreter.cure()
-# Kernels in the interpreter make so many objects that a quarter of their time went into looking for garbage.
-gc.set_threshold(50_000, 50, 1000)
 
 MIN_DISTRIBUTED_CALLS = 200
 """A whole run of the suite that completes fewer distributed calls than this fails: it has lost its subject."""

@@ -168,11 +168,19 @@ def _process_group(task: Task) -> Iterator[None]:
     server = dist.TCPStore("127.0.0.1", task.store_port, is_master=False, timeout=GROUP_TIMEOUT)
     store = dist.PrefixStore(f"run{task.run_id}", server)
     dist.init_process_group("gloo", store=store, rank=task.rank, world_size=task.world_size, timeout=GROUP_TIMEOUT)
+    wait_for_all(store, task.world_size)
     try:
         yield
     finally:
         if dist.is_initialized():  # the function may have destroyed it itself
             dist.destroy_process_group()
+
+
+def wait_for_all(store: dist.Store, world_size: int) -> None:
+    """Return when all ranks have connected: who is done at once, and leaves, would break off another's connecting."""
+    if store.add("connected", 1) == world_size:
+        store.set("everyone", "")
+    store.wait(["everyone"])
 
 
 # ---------------------------------------------------------------------------------------------- parent side

@@ -13,6 +13,7 @@ libdevice.
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,6 +137,7 @@ def cure() -> None:
     from minizero.kernels import backend
 
     backend.CURED = True
+    gc.set_threshold(50_000, 50, 1000)  # it makes so many objects that a quarter of its time went into looking at them
     Builder.cast_impl = cast
     Builder.create_fp_to_fp = cast_float
     Builder.create_dot = dot

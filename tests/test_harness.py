@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from harness import TESTS_DIR, DistributedError, run_distributed
+from harness import TESTS_DIR, DistributedError, run_distributed, wait_for_all
 
 
 def rank_and_sum(offset: int) -> tuple[int, int, dict[str, str]]:
@@ -71,6 +72,17 @@ def test_results_come_in_rank_order_from_a_group_of_that_size(world_size: int) -
         expected = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         assert result == (rank, total, {name: str(value) for name, value in expected.items()})
     assert len(results) == world_size
+
+
+def test_nobody_begins_before_all_have_connected() -> None:
+    store = dist.HashStore()
+    first = threading.Thread(target=wait_for_all, args=(store, 2), daemon=True)
+    first.start()
+    first.join(0.3)
+    assert first.is_alive()
+    wait_for_all(store, 2)
+    first.join(10)
+    assert not first.is_alive()
 
 
 def test_workers_are_reused_with_the_same_seed_and_one_thread() -> None:

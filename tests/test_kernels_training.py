@@ -114,7 +114,14 @@ def test_kernels_train_as_torch_does(cell, world):
         assert wanted <= set(launched), wanted - set(launched)
 
 
-@pytest.mark.parametrize(("precision", "tp", "stage"), (("bf16", 2, 2), ("fp16", 2, 1), ("bf16", 1, 0), ("fp16", 1, 3)))
+@pytest.mark.parametrize(
+    ("precision", "tp", "stage"),
+    (
+        ("bf16", 2, 2),
+        ("fp16", 1, 3),
+        *(pytest.param(*cell, marks=pytest.mark.soak) for cell in (("fp16", 2, 1), ("bf16", 1, 0))),
+    ),
+)
 def test_sixteen_bits_stay_as_near_as_torch(precision, tp, stage):
     """As near to fp32 as torch in 16 bits, or within a rounding of bf16, 2^-8, which either may be lucky with.
 

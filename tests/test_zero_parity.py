@@ -13,14 +13,14 @@ STAGES = (0, 1, 2, 3)
 
 @pytest.fixture(scope="module")
 def plain():
-    return train_plainly("toy", 10)
+    return train_plainly("toy", 6)
 
 
 @pytest.mark.parametrize("world", (1, 2, 4))
 @pytest.mark.parametrize("accumulation", (1, 2, 4))
 def test_parity_with_one_process(plain, world, accumulation):
     for stage in STAGES:
-        reports = run_distributed(train, world, "toy", stage, 10, accumulation)
+        reports = run_distributed(train, world, "toy", stage, 6, accumulation)
         assert all(r.losses == reports[0].losses and r.norms == reports[0].norms for r in reports)
         assert relative_error(reports[0].losses, plain[0]) < 1e-6, (stage, world, accumulation)
         assert relative_error(reports[0].norms, plain[1]) < 1e-6, (stage, world, accumulation)
@@ -29,7 +29,7 @@ def test_parity_with_one_process(plain, world, accumulation):
 @pytest.mark.parametrize("world", (2, 4))
 @pytest.mark.parametrize(("accumulation", "where"), ((1, "auto"), (4, "sharded"), (4, "local")))
 def test_stages_are_bitwise_equal(world, accumulation, where):
-    steps = 10 if accumulation == 1 else 5  # 50 at every accumulation: python -m benchmarks.parity
+    steps = 6 if accumulation == 1 else 4  # 50 at every accumulation: python -m benchmarks.parity
     runs = [
         run_distributed(train, world, "toy", stage, steps, accumulation, zero={"stage": stage, "accumulation": where})[
             0
