@@ -32,6 +32,7 @@ from test_train import ENVIRONMENT, ROOT, furnish, losses
 
 from benchmarks.restart_storm import RESTARTS, storm
 from minizero import cli
+from minizero.checkpoint.inspect import listing
 from minizero.run_folder import INTERRUPTED, REQUEUE
 
 LAUNCH = ROOT / "launch"
@@ -137,15 +138,18 @@ def test_local_stops_with_75_and_goes_on(place):
     first.send_signal(signal.SIGTERM)
     text, _ = first.communicate(timeout=60)
     assert first.returncode == REQUEUE, text
-    reached = json.loads((place / "local" / INTERRUPTED).read_text())["step"]
-    assert steps(place / "local")[-1] == reached < 60
+    word = json.loads((place / "local" / INTERRUPTED).read_text())
+    reached = word["step"]
+    assert word["signal"] == "SIGTERM" and f"stopped by SIGTERM after step {reached}, which is saved" in text
+    assert len(steps(place / "local")) == reached == listing(place / "local")[0]["step"] < 60
 
     again = subprocess.Popen(command, env=HERE, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_until(lambda: len(steps(place / "local")) > reached + 4, 90, "steps after the interruption")
     os.kill(ranks_of(again)[-1], signal.SIGKILL)
     text, _ = again.communicate(timeout=90)
     assert again.returncode == 0 and text.count("continuing from") == 2, text
-    assert sorted(set(steps(place / "local"))) == list(range(1, 61))
+    assert steps(place / "local") == list(range(1, 61))  # none lost, none twice
+    assert not (place / "local" / INTERRUPTED).exists()
 
 
 @pytest.mark.soak

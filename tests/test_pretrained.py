@@ -121,6 +121,7 @@ def test_a_run_has_transformers_losses_and_starts_with_the_bits_of_the_folder(tm
     assert found[3] != pytest.approx(loss_of_transformers(place, tmp_path / "1", 3), rel=1e-4)
 
 
+@pytest.mark.soak  # a minute; that the verb hands on what it is given, and starts a run, test_train sees
 def test_the_command_does_it_too(place):
     command = [sys.executable, "-m", "minizero", "train", *arguments(place, "llama", "verb"), "--zero.stage", "3"]
     done = subprocess.run(

@@ -6,10 +6,10 @@ The two have different units, so the held-out points get a panel of their own, w
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 INK, MUTED, BLUE, ORANGE = "#1f2933", "#7b8794", "#2563eb", "#d9480f"
 
@@ -39,6 +39,8 @@ def draw_loss_curve(
         title: what was trained, in a line.
         baselines: bits per byte of other compressors on the held-out files, by name.
     """
+    from matplotlib.figure import Figure  # noqa: PLC0415  costs every rank a second that the one who draws needs
+
     held_out = [(r["step"], r["validation_bits_per_byte"]) for r in records if "validation_bits_per_byte" in r]
     figure = Figure(figsize=(10, 4.4) if held_out else (7, 4.4), dpi=150, layout="constrained")
     panels = figure.subplots(1, 2 if held_out else 1, squeeze=False, width_ratios=[3, 2] if held_out else None)[0]

@@ -11,9 +11,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-
 from minizero.parallel.pipeline.actions import Kind
 from minizero.parallel.pipeline.simulate import Event, Timeline
 
@@ -103,6 +100,9 @@ def _bar(event: Event, x: float, y: int, scale: float) -> str:
 
 def png(path: str | Path, *timelines: Timeline) -> None:
     """The same Gantt chart through matplotlib; the suffix of `path` may name any format that it writes."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  costs every rank a second that the one who draws needs
+    from matplotlib.patches import Patch  # noqa: PLC0415
+
     rows = sum(len(timeline.events) for timeline in timelines)
     figure = Figure(figsize=(12, 1.2 + 0.28 * rows + 0.7 * len(timelines)), layout="constrained")
     heights = [len(timeline.events) for timeline in timelines]
