@@ -106,7 +106,7 @@ class DatasetCorpus:
     def load(cls, name: str) -> DatasetCorpus:
         """`PATH[:COLUMN]`: a dataset's name, or a local folder of data files or one written by `save_to_disk`."""
         try:
-            import datasets  # noqa: PLC0415 - an extra: only those who name a dataset need it
+            import datasets  # an extra: only those who name a dataset need it
         except ImportError as error:
             raise ValueError(f"data.source {DATASETS_PREFIX}{name} needs: pip install 'minizero[hf]'") from error
         path, _, column = name.partition(":")

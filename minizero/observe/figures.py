@@ -39,7 +39,7 @@ def draw_loss_curve(
         title: what was trained, in a line.
         baselines: bits per byte of other compressors on the held-out files, by name.
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415  costs every rank a second that the one who draws needs
+    from matplotlib.figure import Figure  # costs every rank a second that the one who draws needs
 
     held_out = [(r["step"], r["validation_bits_per_byte"]) for r in records if "validation_bits_per_byte" in r]
     figure = Figure(figsize=(10, 4.4) if held_out else (7, 4.4), dpi=150, layout="constrained")

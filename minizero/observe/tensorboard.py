@@ -16,7 +16,7 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: str | Path, last_step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  costs a second that few runs need
+        from torch.utils.tensorboard import SummaryWriter  # costs a second that few runs need
 
         self._writer = SummaryWriter(str(folder), purge_step=last_step + 1)
 

@@ -100,8 +100,8 @@ def _bar(event: Event, x: float, y: int, scale: float) -> str:
 
 def png(path: str | Path, *timelines: Timeline) -> None:
     """The same Gantt chart through matplotlib; the suffix of `path` may name any format that it writes."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  costs every rank a second that the one who draws needs
-    from matplotlib.patches import Patch  # noqa: PLC0415
+    from matplotlib.figure import Figure  # costs every rank a second that the one who draws needs
+    from matplotlib.patches import Patch
 
     rows = sum(len(timeline.events) for timeline in timelines)
     figure = Figure(figsize=(12, 1.2 + 0.28 * rows + 0.7 * len(timelines)), layout="constrained")
