@@ -549,7 +549,8 @@ class Engine:
 
     def wait_for_checkpoint(self) -> None:
         """Return when no checkpoint is being written any more. Raises what the last one raised, on every rank."""
-        self._background.wait()
+        with self._watchdog.watch("a save"):
+            self._background.wait()
 
     def load_checkpoint(
         self,
@@ -569,7 +570,7 @@ class Engine:
         if not load_module_strict:
             raise ValueError("load_module_strict=False is not available: a checkpoint must hold every parameter")
         self.wait_for_checkpoint()
-        with self.ledger.phase("checkpoint"):
+        with self._watchdog.watch("a load"), self.ledger.phase("checkpoint"):
             state = self._state()
             path, manifest = load_state(
                 state,

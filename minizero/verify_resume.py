@@ -1,38 +1,47 @@
 """`minizero verify-resume CONFIG`: whether a run of these settings, killed and continued, is the run that was not.
 
-It trains 2N steps; trains the same again, is killed (all ranks at once, without a warning) once the checkpoint of step
-N is there, and continues; then compares the two last checkpoints bit by bit, random states included, and every line of
-`metrics.jsonl` that does not depend on a clock.
+It trains 2N steps; trains the same again, is killed (all ranks at once, without a warning) once a restart would begin
+at the checkpoint of step N, and continues; then compares the two last checkpoints bit by bit, random states included,
+and every line of `metrics.jsonl` that does not depend on a clock.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from minizero.checkpoint.files import named_by_latest
 from minizero.checkpoint.inspect import diff
 from minizero.checkpoint.manifest import read_manifest
 from minizero.checkpoint.tensor_file import TensorFile
 from minizero.utils.processes import descendants
 
 OF_THE_CLOCK = ("tokens_per_second",)
-PAUSE = 0.02  # seconds between two looks for the checkpoint
+PAUSE = 0.002  # seconds between two looks for the checkpoint
+ATTEMPTS = 3  # at a kill between two checkpoints
 
 
 def verify_resume(config: str, processes: int, steps: int, folder: Path, overrides: list[str]) -> list[str]:
     """The differences between a run of 2 `steps` and one that was killed after `steps` and continued; none is right.
 
-    Raises RuntimeError when a run fails.
+    Raises RuntimeError when a run fails, or is over too soon after its first checkpoint to be killed.
     """
     straight, resumed = folder / "straight", folder / "resumed"
     train(config, processes, steps, straight, overrides)
-    kill_at(resumed / "checkpoints" / f"global_step{steps}", start(config, processes, steps, resumed, overrides))
+    for _ in range(ATTEMPTS):
+        if is_killed_at(f"global_step{steps}", resumed, start(config, processes, steps, resumed, overrides)):
+            break
+        shutil.rmtree(resumed)
+    else:
+        raise RuntimeError(f"steps {steps + 1} to {2 * steps} are over before anybody could kill the run: ask for more")
     train(config, processes, steps, resumed, overrides)
     ends = [run / "checkpoints" / f"global_step{2 * steps}" for run in (straight, resumed)]
     return [*diff(*ends), *random_differences(*ends), *metric_differences(straight, resumed)]
@@ -67,17 +76,24 @@ def train(config: str, processes: int, steps: int, run: Path, overrides: list[st
         raise RuntimeError(f"the run in {run} failed with exit code {process.returncode}:\n{said[-2000:]}")
 
 
-def kill_at(checkpoint: Path, process: subprocess.Popen[str]) -> None:
-    """Kill a run, all of its processes, as soon as `checkpoint` is there."""
-    while not checkpoint.is_dir() and process.poll() is None:
+def is_killed_at(tag: str, run: Path, process: subprocess.Popen[str]) -> bool:
+    """Kill a run, all of its processes, as soon as it would continue from `tag`; False if by then it was further.
+
+    Raises RuntimeError when it ended before.
+    """
+    checkpoints = run / "checkpoints"
+    while named_by_latest(checkpoints) is None and process.poll() is None:
         time.sleep(PAUSE)
     if process.poll() is None:
         for pid in descendants(process.pid):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
-    if not checkpoint.is_dir():
+    named = named_by_latest(checkpoints)
+    if named is None:
         said = process.stderr.read() if process.stderr is not None else ""
-        raise RuntimeError(f"the run ended before {checkpoint}:\n{said[-2000:]}")
+        raise RuntimeError(f"the run in {run} ended before {tag}:\n{said[-2000:]}")
+    return named == tag
 
 
 def random_differences(one: Path, other: Path) -> list[str]:

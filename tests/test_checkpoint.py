@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from typing import Any
 from unittest import mock
@@ -17,7 +18,7 @@ from toys import batches, make
 from training import micro_batches, refused_everywhere, settings, whole_weights
 
 import minizero
-from minizero.checkpoint import CheckpointError
+from minizero.checkpoint import CheckpointError, load, save
 from minizero.checkpoint.manifest import FileFacts, Manifest, ParameterFacts, framed
 from minizero.optim.build import ELEMENT_WISE
 
@@ -201,6 +202,79 @@ def test_the_state_of_every_optimizer_comes_back(tmp_path):
         assert all(run_distributed(run_optimizer, 2, str(tmp_path), name)), name
 
 
+def run_milestones(folder: str) -> list[list[float]]:
+    """Learning rates of a run and of its continuation, under a schedule whose state has numbers for keys."""
+
+    def build_with_milestones() -> Any:
+        def schedule(optimizer: Any) -> Any:
+            steps = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4, 4], gamma=0.5)
+            return torch.optim.lr_scheduler.SequentialLR(
+                optimizer, [torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), steps], [1]
+            )
+
+        return minizero.initialize(model=make("toy"), config=settings(1, 2), lr_scheduler=schedule)[0]
+
+    straight, resumed = build_with_milestones(), build_with_milestones()
+    run(straight, 0, 2)
+    straight.save_checkpoint(folder)
+    resumed.load_checkpoint(folder)
+    return [[lr for _, _, lr, _ in run(engine, 2, 6)] for engine in (straight, resumed)]
+
+
+def test_a_schedule_whose_state_has_numbers_for_keys_comes_back(tmp_path):
+    for straight, resumed in run_distributed(run_milestones, 2, str(tmp_path)):
+        assert straight == resumed and len(set(straight)) == 2
+
+
+def run_in_another_way(folder: str) -> list[tuple[list, bool]]:
+    """Saved from an update that is one call, resumed with one that is a loop: the option is not the checkpoint's."""
+    found = []
+    for fused in (True, False):
+        model = make("toy")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+        engine = minizero.initialize(model=model, optimizer=optimizer, config=settings(2, 2))[0]
+        if fused:
+            run(engine, 0, 1)
+            engine.save_checkpoint(folder)
+        else:
+            engine.load_checkpoint(folder)
+        found.append(([x[:2] for x in run(engine, 1, 3)], engine.optimizer.param_groups[0]["fused"]))
+    return found
+
+
+def test_how_an_update_is_computed_is_not_the_checkpoints(tmp_path):
+    for (saved, _), (resumed, fused) in run_distributed(run_in_another_way, 2, str(tmp_path)):
+        assert fused is False and resumed == [pytest.approx(step, rel=1e-6) for step in saved]
+
+
+def save_and_load_from_a_slow_disk(folder: str) -> list[float]:
+    """One rank takes four timeouts to write its file, and four to check it."""
+    engine = minizero.initialize(model=make("toy"), config=settings(2, 2, dist={"timeout": 1.0}))[0]
+    engine.world = engine.world.apart()  # the workers' own group has more time
+    run(engine, 0, 1)
+    took = []
+    for module, name, act in (
+        (save, "write_tensors", lambda: engine.save_checkpoint(folder)),
+        (load, "hash_file", lambda: engine.load_checkpoint(folder)),
+    ):
+        plain = getattr(module, name)
+
+        def late(*given: Any, plain: Any = plain) -> Any:
+            time.sleep(4.0 if dist.get_rank() == 1 else 0.0)
+            return plain(*given)
+
+        began = time.monotonic()
+        with mock.patch.object(module, name, late):
+            act()
+        took.append(time.monotonic() - began)
+    return took
+
+
+def test_a_slow_disk_is_not_a_dead_rank(tmp_path):
+    for took in run_distributed(save_and_load_from_a_slow_disk, 2, str(tmp_path)):
+        assert all(4.0 < seconds < 20.0 for seconds in took)
+
+
 def load_from_before_the_first_step(folder: str) -> int:
     engine = build(1)
     engine.save_checkpoint(folder)
@@ -269,6 +343,7 @@ def save_what_cannot_be(folder: str, what: dict[str, Any]) -> None:
     ("what", "said"),
     (
         ({"client_state": {"a": {1, 2}}}, "rank 1: client_state cannot be saved as JSON"),
+        ({"client_state": {"a": [{3: 1}]}}, "rank 1: client_state cannot be saved as JSON (keys must be strings, 3 is"),
         ({"tag": "../t"}, "rank 1: tag '../t': use letters, digits"),
     ),
 )

@@ -84,7 +84,8 @@ def write_around_updates(folder: str, written: int) -> int:
     """A background save that writes so many tensors of each rank, takes one more, and waits for two more steps."""
     engine = build(2, precision="bf16")
     run(engine, 0, 2)
-    engine.save_checkpoint(folder, tag="at_once")
+    client_state = {"batches": [2]}
+    engine.save_checkpoint(folder, tag="at_once", client_state=client_state)
     background, began, trained, taken = engine._background, threading.Event(), threading.Event(), []
     plain = background._take
 
@@ -97,9 +98,10 @@ def write_around_updates(folder: str, written: int) -> int:
         return values
 
     with mock.patch.object(background, "_take", take):
-        background.start(prepare(engine._state(), Path(folder), "around", {}, background=background))
+        background.start(prepare(engine._state(), Path(folder), "around", client_state, background=background))
         assert began.wait(20)
         run(engine, 2, 4)
+        client_state["batches"].append(4)
         trained.set()
         background.wait()
     return len(taken)

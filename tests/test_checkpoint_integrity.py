@@ -8,6 +8,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -230,10 +231,35 @@ def test_pruning_keeps_the_newest_and_every_kth(tmp_path):
         (tmp_path / f"global_step{step}").mkdir()
     for other in ("best", ".global_step3.tmp-abc", "global_stepx", "latest"):
         (tmp_path / other).mkdir()
-    prune(tmp_path, keep=2, keep_every=4)
+    prune(tmp_path, "global_step10", keep=2, keep_every=4)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         ["best", "global_stepx", "latest", "global_step4", "global_step8", "global_step9", "global_step10"]
+        + [".global_step3.tmp-abc"]
     )
+
+
+def test_pruning_leaves_what_a_rolled_back_run_has_left(tmp_path):
+    """And what `latest` names, and links: each is somebody's, and the newest is the one just written."""
+    for step in (20, 40, 50, 60, 90, 100):
+        (tmp_path / f"global_step{step}").mkdir()
+    (tmp_path / "global_step30").symlink_to("/nowhere")
+    (tmp_path / "latest").write_text("global_step40")
+    for _ in range(2):
+        prune(tmp_path, "global_step60", keep=2)
+    assert {path.name for path in tmp_path.glob("global_step*")} == {
+        f"global_step{step}" for step in (30, 40, 50, 60, 90, 100)
+    }
+
+
+def test_a_disk_that_cannot_be_read_is_named(copy):
+    folder = copy / "global_step1"
+    with mock.patch.object(Path, "read_bytes", side_effect=OSError(5, "Input/output error")):
+        with pytest.raises(CheckpointError, match="global_step1/manifest.json cannot be read: Input/output error"):
+            verify(folder)
+        assert [row["problem"] is None for row in listing(copy)] == [False, False]
+    with mock.patch("minizero.checkpoint.load.hash_file", side_effect=OSError(5, "Input/output error")):
+        with pytest.raises(CheckpointError, match=r"rank0000\d.safetensors cannot be read: Input/output error"):
+            verify(folder)
 
 
 def say(capsys, *arguments: object) -> tuple[int, str]:

@@ -21,7 +21,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     "the manifest is not synced": (
         "checkpoint/files.py", "        file.flush()\n        os.fsync(file.fileno())\n", "", f"{COMMIT} -k before_it"),
     "the folder is not synced after the rename": (
-        "checkpoint/files.py", "        os.rename(temporary, final)\n        sync_folder(final.parent)\n",
+        "checkpoint/files.py", "        os.rename(temporary, final)\n        sync(final.parent)\n",
         "        os.rename(temporary, final)\n", f"{COMMIT} -k before_it"),
     "latest comes before the checkpoint": (
         "checkpoint/save.py", "        move_into_place(self.temporary, self.folder / self.tag)\n        if self.latest:\n"
@@ -32,7 +32,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "checkpoint/save.py", 'temporary=folder / f".{tag}.tmp-{tokens[0]}"', "temporary=folder / tag",
         f"{COMMIT} -k before_it"),
     "ranks do not wait for each other's files": (
-        "checkpoint/save.py", "            files = everyone(self.comm, self.device, self._write)\n",
+        "checkpoint/save.py", "            files = everyone(self.comm, self.device, self._write, is_slow=True)\n",
         "            files = [self._write()] * self.comm.size\n", f"{RESUME} -k bitwise"),
     "an update does not wait for the copy": (
         "engine.py", "            self._background.give_back()\n", "", f"{COMMIT} -k asked_at"),
@@ -53,7 +53,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     "the loss scale is not loaded": (
         "checkpoint/load.py", "        state.optimizer.scaler.load_state_dict(manifest.scaler.model_dump())\n", "", f"{RESUME} -k scale"),
     "the schedule is not loaded": (
-        "checkpoint/load.py", "        state.scheduler.load_state_dict(manifest.scheduler)\n", "        pass\n",
+        "checkpoint/load.py", "        state.scheduler.load_state_dict(as_here(manifest.scheduler, state.scheduler.state_dict()))\n", "        pass\n",
         f"{RESUME} -k bitwise"),
     "samples are not counted on": (
         "engine.py", "        self.global_steps, self.global_samples = counters.global_steps, counters.global_samples\n",
@@ -61,10 +61,10 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     "the manifest's checksum is not compared": (
         "checkpoint/manifest.py", "frame is None or xxhash.xxh3_128_hexdigest(frame[2]).encode() != frame[1]",
         "frame is None", f"{INTEGRITY} -k flipped"),
-    "files' checksums are not compared": ("checkpoint/load.py", "hash_file(path, name)) != wanted", "wanted) != wanted",
+    "files' checksums are not compared": ("checkpoint/load.py", "    if found != wanted:\n", "    if False:\n",
                                           f"{INTEGRITY} -k named"),
     "what does not belong is not seen": (
-        "checkpoint/files.py", "    for name in sorted(os.listdir(folder)):\n", "    for name in []:\n",
+        "checkpoint/files.py", "        names = sorted(os.listdir(folder))\n", "        names = []\n",
         f"{INTEGRITY} -k named"),
     "names may lead elsewhere": ("checkpoint/manifest.py", "    if not SAFE_NAME.fullmatch(name):\n", "    if False:\n",
                                  f"{INTEGRITY} -k leave"),
@@ -79,7 +79,15 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "zero/optimizer.py", "        is_finite = math.isfinite(norm) and", "        is_finite = True or", "test_engine.py -k nan_losses"),
     "pruning comes before the commit": (
         "checkpoint/save.py", "        body = json.dumps(",
-        "        prune(self.folder, self.retention.keep or 9)\n        body = json.dumps(", f"{COMMIT} -k before_it"),
+        "        prune(self.folder, self.tag, self.retention.keep or 9)\n        body = json.dumps(", f"{COMMIT} -k before_it"),
+    "what a rolled back run left is counted": (
+        "checkpoint/files.py", " if own is None or step <= int(own[1])]", "]", f"{INTEGRITY} -k rolled_back"),
+    "a slow disk is a dead rank": (
+        "checkpoint/load.py", "everyone(state.world, state.runtime.device, check, is_slow=True)",
+        "everyone(state.world, state.runtime.device, check)", f"{RESUME} -k slow_disk"),
+    "a save in the background has what its caller has later": (
+        "checkpoint/save.py", "            header[key] = json.loads(json.dumps(value))", "            json.dumps(value)",
+        f"{COMMIT} -k asked_at"),
     "what our models do not have is read over": (
         "models/hf.py", "if name in config and config[name] not in legal:", "if False:", "test_hf.py -k what_our_models"),
     "gradients of heads' norms are not summed": (

@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from minizero import train
 from minizero.checkpoint.inspect import diff, listing
 from minizero.observe.pulse import StopRequests
-from minizero.verify_resume import metric_differences, random_differences, verify_resume
+from minizero.verify_resume import is_killed_at, metric_differences, random_differences, verify_resume
 
 ROOT = Path(__file__).parents[1]
 TINY = """
@@ -227,6 +227,14 @@ def test_a_killed_run_continues_as_the_same_run(place, tmp_path):
     assert found.startswith("step 4, loss: ") and found.endswith(" | 0.0")
     ends = [straight / "checkpoints" / f"global_step{step}" for step in (2, 4)]
     assert random_differences(*ends) == [] and diff(*ends) != []
+
+
+@pytest.mark.parametrize(("named", "is_in_time"), (("global_step2", True), ("global_step4", False)))
+def test_a_kill_that_comes_too_late_is_none(tmp_path, named, is_in_time):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text(named)
+    process = subprocess.Popen(["sleep", "60"], text=True)
+    assert is_killed_at("global_step2", tmp_path, process) == is_in_time and process.poll() == -signal.SIGKILL
 
 
 def call_with_a_late_signal(folder: str, arguments: list[str]) -> int:

@@ -10,7 +10,7 @@ import shutil
 import stat
 from pathlib import Path
 
-from minizero.utils.files import sync_folder
+from minizero.utils.files import sync
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -39,7 +39,11 @@ def check_presence(folder: Path, sizes: dict[str, int]) -> None:
             raise CheckpointError(f"{path} is no regular file")
         if found.st_size != size:
             raise CheckpointError(f"{path} is damaged: bytes is {found.st_size}, the manifest says {size}")
-    for name in sorted(os.listdir(folder)):
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from None
+    for name in names:
         if name not in sizes and name != MANIFEST and not name.startswith("."):
             raise CheckpointError(f"{folder / name} does not belong to the checkpoint: {MANIFEST} does not name it")
 
@@ -60,13 +64,13 @@ def move_into_place(temporary: Path, final: Path) -> None:
 
     Raises CheckpointError when the name is taken and the file system cannot swap two names.
     """
-    sync_folder(temporary)
+    sync(temporary)
     if not final.exists():
         os.rename(temporary, final)
-        sync_folder(final.parent)
+        sync(final.parent)
         return
     swap_names(temporary, final)
-    sync_folder(final.parent)
+    sync(final.parent)
     shutil.rmtree(temporary)
 
 
@@ -94,17 +98,29 @@ def steps_in(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def prune(folder: Path, keep: int, keep_every: int = 0) -> None:
+def prune(folder: Path, newest: str, keep: int, keep_every: int = 0) -> None:
     """Remove all checkpoints (`global_step{N}`) but the newest `keep` and those of every `keep_every` steps.
 
-    And what interrupted saves left.
+    Steps after that of `newest`, the tag just written, are of a run that was rolled back: they are somebody's to look
+    at, and neither counted nor removed. Nor is what `latest` names, or a link.
     """
-    remove_leftovers(folder)
-    for step, path in steps_in(folder)[keep:]:
-        if not keep_every or step % keep_every:
-            doomed = path.with_name(f".{path.name}.tmp-pruned")  # half a checkpoint must not have a checkpoint's name
-            os.rename(path, doomed)
-            shutil.rmtree(doomed)
+    own = STEP_FOLDER.fullmatch(newest)
+    past = [(step, path) for step, path in steps_in(folder) if own is None or step <= int(own[1])]
+    for step, path in past[keep:]:
+        if (keep_every and step % keep_every == 0) or path.name == named_by_latest(folder) or path.is_symlink():
+            continue
+        doomed = path.with_name(f".{path.name}.tmp-pruned")  # half a checkpoint must not have a checkpoint's name
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def named_by_latest(folder: Path) -> str | None:
+    """What the file `latest` says; None where there is none."""
+    latest = folder / LATEST
+    if not latest.is_file():
+        return None
+    with open(latest, "rb") as file:
+        return file.read(LONGEST_NAME + 1).decode(errors="replace").strip()
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from torch import Tensor
 
 from minizero.checkpoint.files import (
     LATEST,
-    LONGEST_NAME,
     MANIFEST,
     SAFE_NAME,
     STEP_FOLDER,
     CheckpointError,
     check_presence,
+    named_by_latest,
     steps_in,
 )
 from minizero.checkpoint.manifest import FileFacts, Manifest, Scalar, read_manifest
@@ -30,6 +31,8 @@ from minizero.checkpoint.state import TrainingState, everyone, file_name, key_of
 from minizero.checkpoint.tensor_file import Place, TensorFile, hash_file
 from minizero.dist.boxes import Box, inside, overlap, part_of, pieces
 from minizero.utils.warnings import warn_once
+
+OF_THE_MACHINE = ("foreach", "fused", "capturable", "differentiable")  # options of groups: how, not what, is computed
 
 
 def load_state(
@@ -65,7 +68,8 @@ def load_state(
     if path is None:
         return None, None
     with Reader(path, manifest) as reader:
-        everyone(state.world, state.runtime.device, lambda: read_values(state, reader, manifest, optimizer=optimizer))
+        fill = partial(read_values, state, reader, manifest, optimizer=optimizer)
+        everyone(state.world, state.runtime.device, fill, is_slow=True)
     everyone(state.world, state.runtime.device, lambda: read_options(state, manifest, optimizer, scheduler))
     return path, manifest
 
@@ -91,13 +95,11 @@ def find_checkpoint(folder: Path, tag: str | None) -> Path | None:
     """
     if tag is not None:
         return folder / str(tag)
-    latest = folder / LATEST
-    if not latest.is_file():
+    name = named_by_latest(folder)
+    if name is None:
         return None
-    with open(latest, "rb") as file:
-        name = file.read(LONGEST_NAME + 1).decode(errors="replace").strip()
     if not SAFE_NAME.fullmatch(name):
-        raise CheckpointError(f"{latest} is damaged: it names {name!r}; a tag would say which checkpoint is meant")
+        raise CheckpointError(f"{folder / LATEST} is damaged: it names {name!r}; a tag would say which one is meant")
     return folder / name
 
 
@@ -114,10 +116,9 @@ def chosen(folder: Path, tag: str | None) -> Path | None:
 
 def older_whole(path: Path) -> Path | None:
     """The newest checkpoint before `path`, in the same folder, of which the manifest and the files' sizes are right."""
-    steps = steps_in(path.parent)
-    of_path = next((step for step, other in steps if other == path), None)
-    for step, other in steps:
-        if other != path and (of_path is None or step < of_path):
+    named = STEP_FOLDER.fullmatch(path.name)  # perhaps of a folder that is not there
+    for step, other in steps_in(path.parent):
+        if named is None or step < int(named[1]):
             try:
                 manifest = read_manifest(other)
                 check_presence(other, manifest.sizes)
@@ -136,8 +137,11 @@ def verified(state: TrainingState, path: Path, *, optimizer: bool) -> Manifest:
     Raises CheckpointError on every rank.
     """
 
+    read: list[Manifest] = []
+
     def check() -> dict[str, Any]:
         manifest = read_manifest(path)
+        read.append(manifest)
         check_fit(state, path, manifest, optimizer=optimizer)
         if state.world.rank == 0:
             check_presence(path, manifest.sizes)
@@ -149,10 +153,10 @@ def verified(state: TrainingState, path: Path, *, optimizer: bool) -> Manifest:
             "buffer": [name for name, _ in state.module.named_buffers()],
         }
 
-    seen = everyone(state.world, state.runtime.device, check)
+    seen = everyone(state.world, state.runtime.device, check, is_slow=True)
     if len({of_rank["files"] for of_rank in seen}) > 1:
         raise CheckpointError(f"{path / MANIFEST} is not the same for all ranks: is {path.parent} one file system?")
-    manifest = read_manifest(path)
+    (manifest,) = read
     for what, held in (("parameter", manifest.parameters), ("buffer", manifest.buffers)):
         if left := sorted(held.keys() - {name for of_rank in seen for name in of_rank[what]}):
             raise CheckpointError(f"{path} is of another model: {what} {left[0]!r} is only in the checkpoint")
@@ -165,7 +169,11 @@ def check_content(folder: Path, facts: FileFacts) -> None:
     path = folder / facts.file
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
-    if (found := hash_file(path, name)) != wanted:
+    try:
+        found = hash_file(path, name)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    if found != wanted:
         raise CheckpointError(f"{path} is damaged: {name} is {found}, the manifest says {wanted}")
 
 
@@ -268,10 +276,30 @@ def read_options(state: TrainingState, manifest: Manifest, optimizer: bool, sche
     if optimizer:
         state.optimizer.scaler.load_state_dict(manifest.scaler.model_dump())
         for group, saved in zip(state.optimizer.param_groups, manifest.param_groups, strict=True):
-            group.update({key: tuple(v) if isinstance(v, list) else v for key, v in saved.items()})
+            given = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items()}
+            group.update({key: value for key, value in given.items() if key not in OF_THE_MACHINE})
+            if group.get("fused") or group.get("capturable"):  # those read step numbers where they compute
+                for piece in group["params"]:
+                    slot = state.optimizer.state.get(piece, {})
+                    slot.update({k: v.to(piece.device) for k, v in slot.items() if isinstance(v, Tensor)})
         state.optimizer.overflow = False
     if scheduler and state.scheduler is not None and manifest.scheduler is not None:
-        state.scheduler.load_state_dict(manifest.scheduler)
+        state.scheduler.load_state_dict(as_here(manifest.scheduler, state.scheduler.state_dict()))
+
+
+def as_here(saved: Any, here: Any) -> Any:
+    """What JSON has kept, with the numbers for keys and the tuples that this run has there: torch's milestones."""
+    if isinstance(saved, dict) and isinstance(here, dict):
+        if here and all(type(key) is int for key in here):
+            filled = copy(here)  # of its own class, such as Counter
+            filled.clear()
+            filled.update({int(key): value for key, value in saved.items()})
+            return filled
+        return {key: as_here(value, here.get(key)) for key, value in saved.items()}
+    if isinstance(saved, list) and isinstance(here, list | tuple):
+        padded = [*here, *[None] * len(saved)]
+        return type(here)(as_here(*both) for both in zip(saved, padded, strict=False))
+    return saved
 
 
 def random_states(state: TrainingState, reader: Reader, manifest: Manifest) -> dict[str, Tensor]:

@@ -210,9 +210,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder} is no folder")
     if not path.is_file() or path.is_symlink():
         raise CheckpointError(f"{folder} is not a checkpoint: it has no {MANIFEST}")
-    if (size := path.stat().st_size) > LONGEST:
-        raise CheckpointError(f"{path} is damaged: it has {size} bytes")
-    content = path.read_bytes()
+    try:
+        if (size := path.stat().st_size) > LONGEST:
+            raise CheckpointError(f"{path} is damaged: it has {size} bytes")
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if content.startswith(b'{"format": 1'):
         raise CheckpointError(f"{path} was written by an older version of minizero, whose checkpoints are not readable")
     frame = _FRAME.fullmatch(content)

@@ -51,6 +51,7 @@ from minizero.models.hf import HuggingFaceNames
 from minizero.parallel.foreign import is_foreign
 from minizero.utils.files import write_atomically
 from minizero.utils.versions import installed
+from minizero.utils.warnings import warn_once
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,9 @@ class Save:
         try:
             sizes = everyone(self.comm, self.device, lambda: sum(entry.values.nbytes for entry in self.entries))
             everyone(self.comm, self.device, lambda: self._check_room(sum(sizes)) if self.comm.rank == 0 else None)
-            files = everyone(self.comm, self.device, self._write)
-            everyone(self.comm, self.device, lambda: self._commit(files) if self.comm.rank == 0 else None)
+            files = everyone(self.comm, self.device, self._write, is_slow=True)
+            commit = partial(self._commit, files) if self.comm.rank == 0 else lambda: None
+            everyone(self.comm, self.device, commit, is_slow=True)
         except CheckpointError:
             if self.comm.rank == 0:
                 shutil.rmtree(self.temporary, ignore_errors=True)
@@ -137,10 +139,12 @@ class Save:
         move_into_place(self.temporary, self.folder / self.tag)
         if self.latest:
             write_atomically(self.folder / LATEST, self.tag)
-        if self.retention.keep:
-            prune(self.folder, self.retention.keep, self.retention.keep_every)
-        else:
+        try:
             remove_leftovers(self.folder)
+            if self.retention.keep:
+                prune(self.folder, self.tag, self.retention.keep, self.retention.keep_every)
+        except OSError as error:  # the checkpoint is there, and whole
+            warn_once(f"{self.folder}: older checkpoints could not be removed: {error}")
 
 
 def prepare(
@@ -191,7 +195,7 @@ def prepare(
 
 
 def json_header(state: TrainingState, tag: str, client_state: dict[str, Any]) -> dict[str, Any]:
-    """The manifest without its files. Raises CheckpointError for what JSON cannot hold."""
+    """The manifest without its files, as it is now. Raises CheckpointError for what JSON cannot hold."""
     header = {
         "format": FORMAT,
         "tag": tag,
@@ -208,12 +212,24 @@ def json_header(state: TrainingState, tag: str, client_state: dict[str, Any]) ->
     }
     for key, value in header.items():
         try:
-            json.dumps(value)
+            check_keys(value, (str, int) if key == "scheduler" else (str,))
+            header[key] = json.loads(json.dumps(value))  # callers go on changing theirs while a thread writes
         except (TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{key} cannot be saved as JSON ({error}); checkpoints hold no pickled objects"
             ) from None
     return header
+
+
+def check_keys(value: Any, legal: tuple[type, ...]) -> None:
+    """Raise TypeError for a key that JSON would make a string of in silence, somewhere in `value`."""
+    if isinstance(value, dict):
+        for key in value:
+            if type(key) not in legal:
+                raise TypeError(f"keys must be strings, {key!r} is none")
+    if isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            check_keys(part, legal)
 
 
 def hf_config_of(module: nn.Module) -> dict[str, Any] | None:

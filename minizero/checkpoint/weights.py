@@ -23,6 +23,7 @@ from minizero.dist.collectives import Communicator
 from minizero.dist.links import Links
 from minizero.dist.sharding import TensorShard
 from minizero.models.hf import HuggingFaceNames
+from minizero.utils.files import replace_synced
 from minizero.zero.runtime import ZeroRuntime
 
 WHOLE = "model.safetensors"
@@ -55,8 +56,11 @@ def save_weights(runtime: ZeroRuntime, module: nn.Module, path: Path) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.replace(path)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        replace_synced(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def from_all_stages(tensors: dict[str, Tensor], comm: Communicator, device: torch.device) -> dict[str, Tensor]:

@@ -341,8 +341,8 @@ class DistConfig(Section):
     timeout: float = Field(120.0, gt=0)
     """Seconds after which a collective that a peer never joined is an error."""
     step_timeout: float = Field(3600.0, ge=0)
-    """Seconds after which a step or a save (in a loop of your own: a forward, backward or update) ends the process with
-    its stacks; 0 means never."""
+    """Seconds after which a step, a save or a load (in a loop of your own: a forward, backward or update) ends the
+    process with its stacks; 0 means never."""
     check_replicas: int = Field(100, ge=0)
     """Steps between two comparisons of a hash of weights that several ranks hold alike; 0 means never."""
     transport: Literal["auto", "messages", "memory"] = "auto"
