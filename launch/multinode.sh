@@ -15,7 +15,7 @@
 #   LOCAL_ADDR        the address under which the other nodes reach this one; that of --interface, or of its host name
 #   RUN_ID            minizero; two runs with one endpoint need two
 #   NO_WORKER_LIMIT   20: seconds after which a node without live ranks gives up (supervise.py); more where nodes that
-#                     died come back later than that
+#                     died come back later than that, or ranks compute for longer without a collective
 #   JOIN_LIMIT        900: seconds that the nodes have to find one another
 #   GRACE             120: seconds that ranks have to save after SIGTERM
 #
@@ -34,7 +34,6 @@ fi
 # torchrun reads every option of its own from PET_*; a scheduler may have set them (Kubeflow's Trainer does).
 export PET_NNODES="${NNODES:-${PET_NNODES:?how many nodes: NNODES=2, or 1:2 when one of two may be lost}}"
 export PET_RDZV_ID="${RUN_ID:-minizero}"
-export PET_SHUTDOWN_TIMEOUT="${GRACE:-120}" # torchrun's 30 s is for all ranks of a node together
 export JOIN_LIMIT="${JOIN_LIMIT:-900}"
 [[ -z ${LOCAL_ADDR:-} ]] || export PET_LOCAL_ADDR="$LOCAL_ADDR"
 rank="${NODE_RANK:-${PET_NODE_RANK:-${SLURM_NODEID:-}}}"
@@ -43,6 +42,9 @@ if [[ -n ${RDZV_ENDPOINT:-} ]]; then
     export PET_RDZV_BACKEND=c10d PET_RDZV_ENDPOINT="$RDZV_ENDPOINT"
     # A node is missed after 3 x 3 s without a word, and those that are left wait 3 s more for others to join.
     conf="join_timeout=$JOIN_LIMIT,read_timeout=$JOIN_LIMIT,last_call_timeout=3,keep_alive_interval=3"
+    # Ranks of each round meet in a store of its own. In the agents' store, which nodes that come later do not ask
+    # for the address of, they would wait for each other in vain.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     # Who holds the store is found by comparing names, which fails where nodes do not know their own: so it is said.
     [[ -z $rank ]] || conf+=",is_host=$((rank == 0))"
     export PET_RDZV_CONF="$conf"

@@ -22,6 +22,8 @@ from types import FrameType
 
 LIMIT = float(os.environ.get("NO_WORKER_LIMIT", "20"))  # seconds without workers, once there were some; > a restart
 JOIN_LIMIT = float(os.environ.get("JOIN_LIMIT", "900"))  # seconds before the first ones: all nodes have to come first
+SAVED = 75  # the exit code of a run that was stopped and saved
+HEARING = 5.0  # seconds for an agent that waits for other nodes, and not for a store that is cut off, to say so
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -59,11 +61,20 @@ def main(command: list[str]) -> int:
         if has_workers(agent.pid):
             last, allowed = time.monotonic(), LIMIT
         elif time.monotonic() - last > allowed:
-            text = f"supervise.py: no worker for more than {allowed:g} s; the launcher (process {agent.pid}) is killed"
+            text = f"supervise.py: no worker for more than {allowed:g} s; the launcher (process {agent.pid}) is ended"
             print(text, file=sys.stderr, flush=True)
-            agent.kill()
-            agent.wait()
-            return 1
+            return ended(agent)
+
+
+def ended(agent: subprocess.Popen[bytes]) -> int:
+    """End `agent`, which may be deaf; 75 if it said so, "saved, try again", and 1 for all else."""
+    agent.terminate()
+    try:
+        return SAVED if agent.wait(HEARING) == SAVED else 1
+    except subprocess.TimeoutExpired:
+        agent.kill()
+        agent.wait()
+        return 1
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from minizero.checkpoint.verbs import add_checkpoint, add_export, checkpoint_verb, export_verb
-from minizero.config import ConfigError
+from minizero.config import Config, ConfigError
 from minizero.config.load import load
 from minizero.kernels.backend import obstacle
 from minizero.kernels.check import check_all
@@ -35,7 +35,7 @@ from minizero.parallel.pipeline.draw import caption, grid, save
 from minizero.parallel.pipeline.schedules import SCHEDULES, build
 from minizero.parallel.pipeline.simulate import Costs, Timeline, simulate
 from minizero.parallel.pipeline.validate import validate
-from minizero.run_folder import INTERRUPTED, REQUEUE
+from minizero.run_folder import INTERRUPTED, REQUEUE, finished_steps, say_finished
 from minizero.utils.versions import installed
 from minizero.verify_resume import verify_resume
 
@@ -100,7 +100,7 @@ def train_verb(options: argparse.Namespace, overrides: list[str]) -> int:
     """Print the torchrun line, or with `--nproc` run it; returns the exit code."""
     config: str = options.config
     processes = default_processes() if options.nproc in (None, "auto") else _positive(options.nproc)
-    interrupted, earlier = None, 0
+    settings = None
     try:
         resolved = load(config, overrides)
     except ConfigError:
@@ -108,8 +108,7 @@ def train_verb(options: argparse.Namespace, overrides: list[str]) -> int:
     else:
         if multiplies_bf16_fast() and resolved.origins["precision"] == "default":
             overrides = ["--precision", "bf16", *overrides]
-        interrupted = Path(resolved.config.run.dir) / INTERRUPTED
-        earlier = written(interrupted)
+        settings = resolved.config
     launcher = [*placement(), "--nproc-per-node", str(processes)]
     if options.max_restarts:
         launcher += ["--max-restarts", str(options.max_restarts)]
@@ -120,9 +119,9 @@ def train_verb(options: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     if not options.json:
         print(line, flush=True)
-        return requeued(launch(arguments, processes), interrupted, earlier)
+        return launch_unless_finished(arguments, processes, settings)
     with contextlib.redirect_stdout(sys.stderr), everything_to_stderr():
-        code = requeued(launch(arguments, processes), interrupted, earlier)
+        code = launch_unless_finished(arguments, processes, settings)
     summary = Path(resolved.config.run.dir) / "summary.json" if code == 0 else None
     print(json.dumps({"command": line, "exit_code": code, **(json.loads(summary.read_text()) if summary else {})}))
     return code
@@ -148,12 +147,24 @@ def written(file: Path) -> int:
     return file.stat().st_mtime_ns if file.is_file() else 0
 
 
-def requeued(code: int, interrupted: Path | None, earlier: int) -> int:
-    """torchrun's exit code, or `REQUEUE` for a run that was stopped by a signal and has saved its step.
+def launch_unless_finished(arguments: list[str], processes: int, config: Config | None) -> int:
+    """The exit code of a run: 0 if it is finished, though a signal came last; `REQUEUE` if one stopped it, saved.
 
-    A word that was left `earlier` is not this run's: one that cannot begin must not ask to be started again for ever.
+    A finished run needs no ranks, for which a node that comes back would wait in vain if the others have left. And a
+    word that was left by an earlier start is not this one's: a run that cannot begin must not ask to be started again
+    for ever.
     """
-    return REQUEUE if code and interrupted is not None and written(interrupted) > earlier else code
+    if config is None:
+        return launch(arguments, processes)
+    folder = Path(config.run.dir)
+    if steps := finished_steps(folder, config):
+        say_finished(folder, steps)
+        return 0
+    earlier = written(folder / INTERRUPTED)
+    code = launch(arguments, processes)
+    if code and finished_steps(folder, config):
+        return 0
+    return REQUEUE if code and written(folder / INTERRUPTED) > earlier else code
 
 
 def verify_resume_verb(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -200,6 +211,7 @@ def multiplies_bf16_fast() -> bool:
 def launch(arguments: list[str], processes: int) -> int:
     """Run torchrun in this process, without the tracebacks that it adds to what the ranks have said themselves."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
+    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", os.environ.get("GRACE", "120"))  # seconds to save: 30 are few
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # all are passed on
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:

@@ -7,11 +7,13 @@ import math
 import os
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from minizero.checkpoint.state import everyone
 from minizero.config import Config
 from minizero.data.loader import EvaluationLoader
 from minizero.data.prepared import PreparedData
@@ -73,12 +75,29 @@ def last_logits(engine: Engine, tokens: Tensor, place: int, vocab_size: int) -> 
 def report(
     engine: Engine, data: PreparedData, config: Config, folder: Path, chief: bool, started: int, seconds: float
 ) -> None:
-    """Evaluate, sample, draw, and print what a person wants to know at the end."""
+    """Evaluate, sample, draw, and print what a person wants to know at the end; collective.
+
+    Compressing a large corpus takes the first rank some time. The others stay: a node without ranks counts as lost.
+    """
     quality = bits_per_byte(engine, data, config)
     sample = complete(engine, data, config)
     timeline = None if engine.pipeline is None else engine.pipeline.timeline()
-    if not chief:
-        return
+    write = partial(write_report, engine, data, config, folder, started, seconds, quality, sample, timeline)
+    everyone(engine.world, engine.device, write if chief else lambda: None, is_slow=True)
+
+
+def write_report(
+    engine: Engine,
+    data: PreparedData,
+    config: Config,
+    folder: Path,
+    started: int,
+    seconds: float,
+    quality: float,
+    sample: str,
+    timeline: Timeline | None,
+) -> None:
+    """Write `summary.json` and the figures, and print it."""
     records = read_metrics(folder / "metrics.jsonl") or [{"step": engine.global_steps, "tokens": 0}]
     records[-1]["validation_bits_per_byte"] = quality
     baselines = compressed_bits_per_byte(data.held_out_text())

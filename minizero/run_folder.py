@@ -59,6 +59,12 @@ def finished_steps(folder: Path, config: Config) -> int:
     return steps if steps >= config.train.steps else 0
 
 
+def say_finished(folder: Path, steps: int) -> None:
+    """Two lines, instead of a run."""
+    print(f"{folder} is finished ({steps} steps). To train anew, pass --run.dir OTHER; to train on, more")
+    print("--train.steps and --checkpoint.resume latest.")
+
+
 def save(engine: Engine, corpus: str, folder: Path, config: Config) -> None:
     """Write a checkpoint that names its corpus, and remove the oldest; collective.
 

@@ -44,7 +44,15 @@ from minizero.observe.pulse import Pulse, StopRequests
 from minizero.observe.watchdog import end_stopped_siblings
 from minizero.pretrained import Start, start_from
 from minizero.report import bits_per_byte, report
-from minizero.run_folder import INTERRUPTED, REQUEUE, checkpoint_folder, finish_save, finished_steps, save
+from minizero.run_folder import (
+    INTERRUPTED,
+    REQUEUE,
+    checkpoint_folder,
+    finish_save,
+    finished_steps,
+    save,
+    say_finished,
+)
 from minizero.utils.files import write_atomically
 from minizero.zero.optimizer import NonFiniteError
 from minizero.zero.replicas import ReplicaError
@@ -107,8 +115,7 @@ def run(resolved: Resolved, requests: StopRequests) -> int:
     checkpoints = checkpoint_folder(config)
     if finished := finished_steps(folder, config):
         if os.environ.get("RANK", "0") == "0":
-            print(f"{folder} is finished ({finished} steps). To train anew, pass --run.dir OTHER; to train on, more")
-            print("--train.steps and --checkpoint.resume latest.")
+            say_finished(folder, finished)
         return 0
     pretrained = config.model.pretrained
     start = None if pretrained is None else start_from(pretrained, resolved, checkpoints)
@@ -130,9 +137,11 @@ def run(resolved: Resolved, requests: StopRequests) -> int:
         (folder / INTERRUPTED).unlink(missing_ok=True)
     started, began = engine.global_steps, time.perf_counter()
     is_stopped = train(engine, data, loader, config, folder, chief, requests)
-    if is_stopped and chief:
-        say_interrupted(engine, folder, requests.received or signal.SIGTERM)
-    elif not is_stopped:
+    if is_stopped:
+        if chief:
+            say_interrupted(engine, folder, requests.received or signal.SIGTERM)
+        engine.world.barrier(engine.device)  # agents of other nodes look for the word when their ranks have ended
+    else:
         report(engine, data, config, folder, chief, started, time.perf_counter() - began)
     engine.destroy()
     dist.destroy_process_group()

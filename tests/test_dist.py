@@ -9,7 +9,7 @@ from harness import run_distributed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minizero.dist.collectives import Communicator
+from minizero.dist.collectives import CollectiveError, Communicator, Work
 from minizero.dist.dims import AXES, ParallelDims
 from minizero.dist.ledger import CommLedger
 from minizero.dist.mesh import build_mesh
@@ -102,3 +102,12 @@ def test_ledger_counts_by_axis_operation_phase_and_unit():
     assert ledger.total(phase="forward", operation="all_gather").payload == 30
     assert ledger.take() == {"dp": {"all_gather": 30}, "tp": {"all_reduce": 7}}
     assert ledger.take() == {}
+
+
+def test_what_fails_when_it_is_posted_is_named_as_what_fails_later():
+    def post() -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    work = Work("all_gather of blocks.0", lambda here: f"  rank 0 waits for {here}", CommLedger())
+    with pytest.raises(CollectiveError, match=r"(?s)all_gather of blocks.0 failed .*closed by peer.*rank 0 waits for"):
+        work.posted(post)

@@ -33,6 +33,7 @@ from test_train import ENVIRONMENT, ROOT, furnish, losses
 from benchmarks.restart_storm import RESTARTS, storm
 from minizero import cli
 from minizero.checkpoint.inspect import listing
+from minizero.config import Config
 from minizero.run_folder import INTERRUPTED, REQUEUE
 
 LAUNCH = ROOT / "launch"
@@ -112,6 +113,20 @@ def test_a_launcher_that_hangs_without_workers_is_killed(workers, limits, at_lea
     assert done.returncode == 1 and said in done.stderr and time.monotonic() - began > at_least
 
 
+SAVED_BUT_WAITING = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+subprocess.run(["sleep", "1"])
+time.sleep(60)
+"""
+
+
+def test_a_launcher_that_waits_for_others_and_can_say_that_its_run_is_saved_does():
+    limits = {"NO_WORKER_LIMIT": "1", "JOIN_LIMIT": "50"}
+    command = [*SUPERVISE, sys.executable, "-c", SAVED_BUT_WAITING]
+    assert subprocess.run(command, timeout=30, env={**os.environ, **limits}).returncode == REQUEUE
+
+
 def test_exit_codes_and_signals_go_through():
     assert subprocess.run([*SUPERVISE, "bash", "-c", "exit 75"]).returncode == 75
     deaf = subprocess.Popen([*SUPERVISE, sys.executable, "-c", LAUNCHER, "1"], stdout=subprocess.PIPE)
@@ -174,12 +189,26 @@ def test_a_frozen_rank_is_replaced_within_ten_seconds_of_the_timeout(place, froz
     assert restarted < limit + 10, text
 
 
-def test_a_run_that_cannot_begin_does_not_ask_to_be_started_again(tmp_path, monkeypatch):
-    word = tmp_path / INTERRUPTED
-    assert cli.requeued(1, word, cli.written(word)) == 1
-    word.write_text("{}")
-    assert cli.requeued(1, word, 0) == REQUEUE and cli.requeued(0, word, 0) == 0
-    assert cli.requeued(1, word, cli.written(word)) == 1  # left by an earlier start
+def test_exit_codes_say_whether_to_start_again(tmp_path, monkeypatch, capsys):
+    """torchrun's own code, which a signal makes 143, is not what becomes of a run."""
+    config, word, summary = Config(run={"dir": str(tmp_path)}), tmp_path / INTERRUPTED, tmp_path / "summary.json"
+    begun = []
+
+    def launched(code: int, act: Callable[[], Any] = lambda: None) -> int:
+        with monkeypatch.context() as patch:
+            patch.setattr(cli, "launch", lambda *_: (begun.append(code), act()) and code)
+            return cli.launch_unless_finished([], 2, config)
+
+    assert launched(1) == 1 and launched(0) == 0
+    assert launched(143, lambda: word.write_text("{}")) == REQUEUE
+    assert launched(1) == 1  # the word was left by an earlier start: a run that cannot begin asks for no other
+    assert launched(143, lambda: summary.write_text(json.dumps({"steps": config.train.steps}))) == 0
+    assert len(begun) == 5 and launched(1) == 0 and len(begun) == 5 and "is finished" in capsys.readouterr().out
+    config.train.steps += 1
+    assert launched(1) == 1
+
+
+def test_where_a_run_is_placed(monkeypatch):
     assert cli.placement() == ["--standalone"]
     with monkeypatch.context() as patch:
         patch.setattr(cli.socket, "getfqdn", lambda: "nobody.knows.invalid")
@@ -213,6 +242,26 @@ def start(two: Nodes, node: int, place: Path, more: list[str], **environment: st
 
 def start_elastic(two: Nodes, node: int, place: Path, more: list[str], count: str = "2") -> subprocess.Popen[str]:
     return start(two, node, place, more, NNODES=count, NODE_RANK=str(node), RDZV_ENDPOINT=f"{address(0)}:29400")
+
+
+@pytest.mark.soak
+@needs_nodes
+@pytest.mark.parametrize("late", (0, 1))
+def test_a_node_that_comes_late_is_taken_in(place, two, late):
+    """One of 1:2, that of the greater or the smaller address: torchrun begins anew, and both have ranks."""
+    run = f"late{late}"
+    more = arguments(place, run, "--train.steps", "100000", "--checkpoint.every", "20")
+    early = 1 - late
+    environment = {"NNODES": "1:2", "RDZV_ENDPOINT": f"{address(early)}:29400"}
+    running = {early: start(two, early, place, more, **environment, NODE_RANK="0")}
+    wait_until(lambda: len(steps(place / run)) > 29, 120, "thirty steps on one node")
+    running[late] = start(two, late, place, more, **environment, NODE_RANK="1")
+    seconds = wait_until(lambda: "over 2 ranks" in two.said(0) + two.said(1), 90, "a world of two")
+    print(f"training on both {seconds:.1f} s after the second node came")
+    reached = len(steps(place / run))
+    wait_until(lambda: len(steps(place / run)) > reached + 20, 60, "more steps")
+    running[early].terminate()
+    assert [running[node].wait(60) for node in (early, late)] == [REQUEUE] * 2, said(two)
 
 
 def said(two: Nodes) -> str:
@@ -368,11 +417,11 @@ STUBS = {
     "python-of-a-node": """[[ $1 == -m ]] || { shift; exec "$@"; } # not what this is about: supervise.py
     echo "$$" >> "$LOG".pids
     echo "node $PET_NNODES $PET_RDZV_ENDPOINT $PET_RDZV_ID ${PET_RDZV_CONF##*,} $*" >> "$LOG"
-    trap 'exit 75' TERM; sleep "$SECONDS_OF_WORK" & wait""",
+    trap 'exit "$CODE"' TERM; sleep "$SECONDS_OF_WORK" & wait""",
 }
 
 
-def batch(folder: Path, seconds: str, state: str = "RUNNING") -> subprocess.Popen[str]:
+def batch(folder: Path, seconds: str, state: str = "RUNNING", code: int = REQUEUE) -> subprocess.Popen[str]:
     """train.sbatch, on commands that behave as Slurm's are documented to."""
     for name, text in STUBS.items():
         (folder / name).write_text(f"#!/usr/bin/env bash\nset -euo pipefail\n{text}\n")
@@ -383,6 +432,7 @@ def batch(folder: Path, seconds: str, state: str = "RUNNING") -> subprocess.Pope
         "PYTHON": str(folder / "python-of-a-node"),
         "LOG": str(folder / "log"),
         "SECONDS_OF_WORK": seconds,
+        "CODE": str(code),
         "STATE": state,
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_JOB_NODELIST": "n[1-2]",
@@ -408,14 +458,20 @@ def test_a_batch_job_that_is_warned_goes_back_into_the_queue(tmp_path):
     assert lines[2:] == ["scancel --signal=TERM 4711", "scontrol requeue 4711"]
 
 
-@pytest.mark.parametrize(("state", "is_requeued"), (("RUNNING", True), ("COMPLETING", False)))
-def test_a_batch_job_whose_ranks_are_warned_does_unless_it_was_cancelled(tmp_path, state, is_requeued):
-    """Slurm tells the tasks alone, when another job takes their place (running) or their user cancels (completing)."""
-    job, log = batch(tmp_path, "60", state), tmp_path / "log"
+@pytest.mark.parametrize(
+    ("state", "code", "is_requeued"),
+    (("RUNNING", 75, True), ("RUNNING", 143, True), ("COMPLETING", 75, False), ("RUNNING", 1, False)),
+)
+def test_a_batch_job_whose_ranks_are_warned_does_unless_it_was_cancelled(tmp_path, state, code, is_requeued):
+    """Slurm tells the tasks alone, when another job takes their place (running) or their user cancels (completing).
+
+    Ranks that had not begun say 143.
+    """
+    job, log = batch(tmp_path, "60", state, code), tmp_path / "log"
     wait_until(lambda: has_ranks(log), 20, "ranks")
     for number in (tmp_path / "log.pids").read_text().split():
         os.kill(int(number), signal.SIGTERM)
-    assert job.wait(20) == REQUEUE and ("scontrol requeue 4711" in log.read_text()) == is_requeued
+    assert job.wait(20) == code and ("scontrol requeue 4711" in log.read_text()) == is_requeued
 
 
 def test_a_batch_job_that_ends_by_itself_does_not(tmp_path):

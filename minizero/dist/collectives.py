@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from math import prod
@@ -42,7 +42,7 @@ from minizero.dist.mesh import DEFAULT_TIMEOUT, group_along, local_device, new_g
 from minizero.dist.neighbour import NeighbourMemory, choose_transport
 from minizero.dist.positions import where_everyone_is
 from minizero.dist.sharding import FlatLayout, split_sizes
-from minizero.dist.transport import OPERATIONS, Call, Waitable
+from minizero.dist.transport import OPERATIONS, Call, Exchange, Waitable
 
 T = TypeVar("T")
 FINGERPRINT_BYTES = 1024
@@ -75,16 +75,26 @@ class Work:
             for request in self.requests:
                 request.wait()
         except RuntimeError as error:
-            elapsed = time.perf_counter() - self.started
-            raise CollectiveError(
-                f"{self.description} failed after {elapsed:.1f} s: a peer died, stalled or called something else "
-                f"(--debug.collectives true compares every call). Backend: {error}\n{self.where(self.description)}"
-            ) from error
+            raise self._failure(error) from error
         self.requests = []
         self.ledger.waited += time.perf_counter() - began
         if self.finish is not None:
             finish, self.finish = self.finish, None
             finish()
+
+    def posted(self, post: Callable[[], T]) -> T:
+        """What `post` begins for this. Where messages go to a peer that is known to be dead, that fails already."""
+        try:
+            return post()
+        except RuntimeError as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: RuntimeError) -> CollectiveError:
+        elapsed = time.perf_counter() - self.started
+        return CollectiveError(
+            f"{self.description} failed after {elapsed:.1f} s: a peer died, stalled or called something else "
+            f"(--debug.collectives true compares every call). Backend: {error}\n{self.where(self.description)}"
+        )
 
 
 class Communicator:
@@ -113,7 +123,7 @@ class Communicator:
         timeout: float = DEFAULT_TIMEOUT,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._mesh, self._wanted, self._timeout = mesh, transport, timeout
+        self._mesh, self._wanted, self.timeout = mesh, transport, timeout
         self.axis = axis
         self.group = group_along(mesh, axis, timeout) if group is None else group
         self.rank = dist.get_rank(self.group)
@@ -137,7 +147,7 @@ class Communicator:
     def along(self, axis: str) -> Communicator:
         """The same for another axis of the mesh, with the same ledger; collective over that axis."""
         return Communicator(
-            self._mesh, axis, self.ledger, check=self.check, transport=self._wanted, timeout=self._timeout
+            self._mesh, axis, self.ledger, check=self.check, transport=self._wanted, timeout=self.timeout
         )
 
     def apart(self) -> Communicator:
@@ -146,9 +156,9 @@ class Communicator:
         Ranks meet before, since who waits for a group does not hear of a peer's death until the timeout.
         """
         self.barrier(local_device())
-        group = new_group(self._ranks, self._timeout, backend="gloo")
+        group = new_group(self._ranks, self.timeout, backend="gloo")
         return Communicator(
-            self._mesh, self.axis, CommLedger(), transport="messages", timeout=self._timeout, group=group
+            self._mesh, self.axis, CommLedger(), transport="messages", timeout=self.timeout, group=group
         )
 
     def more_boards(self, operations: int) -> NeighbourMemory | None:
@@ -162,7 +172,7 @@ class Communicator:
             self.group,
             "memory",
             lambda row: self.gather_bytes(row, "transport", torch.device("cpu")),
-            self._timeout,
+            self.timeout,
             operations,
         )
         assert isinstance(made, NeighbourMemory)
@@ -187,7 +197,8 @@ class Communicator:
             return work
         mine = (shards[self.rank] if own is None else own).cpu()
         host = {peer: torch.empty_like(mine) if flat.is_cuda else shards[peer] for peer in self._peers()}
-        running = self.transport.exchange(
+        running = self._exchange(
+            work,
             {peer: [mine] for peer in host},
             {peer: [shard] for peer, shard in host.items()},
             self._call("all_gather", unit),
@@ -234,7 +245,8 @@ class Communicator:
         mine = layout.spans[self.rank]
         inbox = {peer: sources[0].new_empty(layout.shard_size) for peer in self._peers()}
         if self.transport is not None:
-            running = self.transport.exchange(
+            running = self._exchange(
+                work,
                 {peer: [sources[s.index][s.start : s.stop] for s in layout.spans[peer]] for peer in inbox},
                 {peer: [box[s.offset : s.offset + s.numel] for s in mine] for peer, box in inbox.items()},
                 self._call("reduce_scatter", unit),
@@ -368,7 +380,7 @@ class Communicator:
         if self.transport is None:
             sends = [dist.P2POp(dist.isend, t, self._ranks[following], self.group) for t in outgoing]
             receives = [dist.P2POp(dist.irecv, t, self._ranks[previous], self.group) for t in arrived]
-            work.requests = [*dist.batch_isend_irecv([*sends, *receives])]
+            work.requests = [*work.posted(lambda: dist.batch_isend_irecv([*sends, *receives]))]
 
             def native() -> list[Tensor]:
                 work.wait()
@@ -437,9 +449,9 @@ class Communicator:
         finish: Callable[[], T],
     ) -> Callable[[], T]:
         """Give peers `outgoing` and fill `incoming`, all contiguous, over the host; call what is returned to wait."""
-        assert self.transport is not None
         host = {peer: [t.cpu() if t.is_cuda else t for t in of_peer] for peer, of_peer in incoming.items()}
-        running = self.transport.exchange(
+        running = self._exchange(
+            work,
             {peer: [t.cpu().reshape(-1) for t in of_peer] for peer, of_peer in outgoing.items()},
             {peer: [t.view(-1) for t in of_peer] for peer, of_peer in host.items()},
             self._call("exchange", unit),
@@ -455,6 +467,13 @@ class Communicator:
             return finish()
 
         return wait
+
+    def _exchange(
+        self, work: Work, outgoing: Mapping[int, Sequence[Tensor]], incoming: Mapping[int, Sequence[Tensor]], call: Call
+    ) -> Exchange:
+        transport = self.transport
+        assert transport is not None
+        return work.posted(lambda: transport.exchange(outgoing, incoming, call))
 
     # ---- point to point (`links.py`) ----
 
@@ -477,7 +496,7 @@ class Communicator:
         peers = [rank for rank in ranks if rank != self.rank]
         operations = [dist.P2POp(dist.isend, host, self._ranks[peer], self.group) for peer in peers]
         operations += [dist.P2POp(dist.irecv, parts[peer], self._ranks[peer], self.group) for peer in peers]
-        work.requests = [*dist.batch_isend_irecv(operations)]
+        work.requests = [*work.posted(lambda: dist.batch_isend_irecv(operations))]
         work.wait()
         return sum_in_order([parts[rank] for rank in ranks]).to(tensor.device)
 

@@ -196,7 +196,7 @@ class Links:
         work = self.comm.sending(target, what, payload, label.nbytes)
         pieces = [label.to(self.wire_device), *(tensor.view(-1) for tensor in wire if tensor.numel())]
         number, peer.sent = peer.sent, peer.sent + 1
-        work.requests = self.way.send(target, number, pieces)
+        work.requests = work.posted(lambda: self.way.send(target, number, pieces))
         peer.pending.append(Sent(work, pieces))
 
     # ---- receiving ----
@@ -238,7 +238,7 @@ class Arrival:
             raise CollectiveError(message_in(self.label))
         self._made = made = empty_for(self.label.tolist(), self.links.wire_device)
         whole = [tensor.view(-1) for tensor, _ in made if tensor is not None and tensor.numel()]
-        self.work.requests = self.incoming.fill(whole)
+        self.work.requests = self.work.posted(lambda: self.incoming.fill(whole))
 
     def tensors(self) -> list[tuple[Tensor | None, bool]]:
         """(tensor or None, whether its gradient is wanted) of each.
