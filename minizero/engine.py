@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -115,12 +115,20 @@ class Engine:
         with self._watchdog.watch(phase), self.ledger.phase(phase), self.log.timer("forward"):
             try:
                 return self._call(args, kwargs)
-            except Exception:  # not an interrupt: unwinding waits for peers, which are being interrupted too
-                with suppress(CollectiveError):  # the first one says more
-                    self.runtime.unwind()
+            except Exception as error:  # not an interrupt: unwinding waits for peers, which are being interrupted too
+                self._unless_alone(error, self.runtime.unwind)
                 raise
 
     forward = __call__
+
+    def _unless_alone(self, error: Exception, to_rest: Callable[[], None]) -> None:
+        """Bring the runtime `to_rest` after `error`, for whoever goes on; not where peers do not answer.
+
+        Each collective under way would wait for them as long as the first one did, and this rank is to end.
+        """
+        if not isinstance(error, CollectiveError):
+            with suppress(CollectiveError):  # the first one says more
+                to_rest()
 
     def _call(self, args: Any, kwargs: Any) -> Any:
         return self.module(*tree_map(self._to_compute, args), **tree_map(self._to_compute, kwargs))
@@ -173,10 +181,9 @@ class Engine:
                 with forward_of(self.entry.history):  # for blocks that others compute again
                     (value * self.optimizer.scaler.scale).backward(retain_graph=retain_graph)
                 self.runtime.end_backward()
-            except Exception:
+            except Exception as error:
                 self.optimizer.window = Window()
-                with suppress(CollectiveError):
-                    self.runtime.abort()
+                self._unless_alone(error, self.runtime.abort)
                 raise
         self.micro_steps += 1
         return value.detach()
@@ -310,10 +317,9 @@ class Engine:
         try:
             began = time.perf_counter()
             self.pipeline.train(batches)
-        except Exception:
+        except Exception as error:
             self.optimizer.window = Window()
-            with suppress(CollectiveError):
-                self.runtime.abort()
+            self._unless_alone(error, self.runtime.abort)
             raise
         computing = self.pipeline.seconds()
         for phase, seconds in computing.items():

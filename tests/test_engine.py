@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import time
+from unittest import mock
 
 import pytest
 import torch
@@ -499,8 +501,6 @@ def stall() -> None:
     if dist.get_rank() == 0:
         engine(*batches(1)[0])
     else:
-        import time
-
         time.sleep(4)
 
 
@@ -510,6 +510,23 @@ def test_a_rank_that_never_comes_is_an_error_within_the_timeout():
     ) as caught:
         run_distributed(stall, 2, timeout=20)
     assert "rank 1 does not answer: it died, or computes something else" in caught.value.failures[0]
+
+
+def fail_with_gathers_under_way() -> float:
+    """Seconds until the first rank hears that a collective failed, with two others begun that nobody joins."""
+    engine, *_ = minizero.initialize(model=make("toy"), config=settings(3, 2, dist={"timeout": 1.5}))
+    began = time.monotonic()
+    if dist.get_rank() == 0:
+        for unit in engine.runtime.units[1:3]:
+            unit.gather()
+        with mock.patch.object(engine, "_call", side_effect=minizero.CollectiveError("the first to fail")):
+            with pytest.raises(minizero.CollectiveError, match="the first to fail"):
+                engine(*batches(1)[0])
+    return time.monotonic() - began
+
+
+def test_what_is_under_way_when_a_collective_fails_is_not_waited_for():
+    assert run_distributed(fail_with_gathers_under_way, 2)[0] < 1.0
 
 
 # ---- optimizers and schedules of the user's own ----
