@@ -581,7 +581,8 @@ def test_manifests_fit_the_scripts_and_one_another():
         assert os.access(ROOT / command[0], os.X_OK) and (ROOT / given[0]).is_file()
         cli.load(given[0], given[1:])
     variables = {one["name"]: one.get("value") for one in train["env"]}
-    scripts = (LAUNCH / "multinode.sh").read_text() + (LAUNCH / "supervise.py").read_text()
+    readers = (LAUNCH / "multinode.sh", LAUNCH / "supervise.py", ROOT / "minizero" / "cli.py")
+    scripts = "".join(reader.read_text() for reader in readers)
     known = set(re.findall(r"\$\{([A-Z_]+)", scripts) + re.findall(r'environ.get\("([A-Z_]+)"', scripts))
     assert variables.keys() <= known and int(variables["NNODES"]) == job["spec"]["completions"]
     assert int(variables["GRACE"]) < pod["terminationGracePeriodSeconds"]
