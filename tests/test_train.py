@@ -19,7 +19,7 @@ import pytest
 from harness import run_distributed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from minizero import train
+from minizero import report, train
 from minizero.checkpoint.inspect import diff, listing
 from minizero.observe.pulse import StopRequests
 from minizero.verify_resume import is_killed_at, metric_differences, random_differences, verify_resume
@@ -57,7 +57,7 @@ def place(tmp_path_factory) -> Path:
 def furnish(folder: Path) -> Path:
     (folder / "corpus").mkdir()
     for number in range(12):
-        lines = [f"import module_{number * line % 7}\nvalue_{line} = {number} + {line}\n" for line in range(40)]
+        lines = [f"import module_{number * line % 7}\nvalue_{line} = {number} + {line}\n" for line in range(20)]
         (folder / "corpus" / f"file{number}.py").write_text("".join(lines))
     (folder / "tiny.toml").write_text(TINY)
     return folder
@@ -81,7 +81,7 @@ def launch(place: Path, world: int, *more: str) -> subprocess.CompletedProcess[s
 def call_main(folder: str, arguments: list[str]) -> tuple[int, str, str]:
     """The job on ranks that live already: (exit code, stdout, stderr) of this one."""
     os.chdir(folder)
-    train.HEAD_START = 0.0
+    train.HEAD_START, report.SAMPLE_TOKENS = 0.0, 8
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = train.main(arguments)
@@ -218,14 +218,14 @@ def test_a_killed_run_continues_as_the_same_run(place, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
-        assert verify_resume(str(place / "tiny.toml"), 2, 2, tmp_path, data) == []
+        assert verify_resume(str(place / "tiny.toml"), 2, 6, tmp_path, data) == []
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     lines = (resumed / "metrics.jsonl").read_text().splitlines()
     record = json.loads(lines[-1]) | {"loss": 0.0}
     (resumed / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(record)]))
     (found,) = metric_differences(straight, resumed)
-    assert found.startswith("step 4, loss: ") and found.endswith(" | 0.0")
-    ends = [straight / "checkpoints" / f"global_step{step}" for step in (2, 4)]
+    assert found.startswith("step 12, loss: ") and found.endswith(" | 0.0")
+    ends = [straight / "checkpoints" / f"global_step{step}" for step in (6, 12)]
     assert random_differences(*ends) == [] and diff(*ends) != []
 
 
