@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minizero.checkpoint.state import everyone
 from minizero.config import Config
 from minizero.data.loader import EvaluationLoader
 from minizero.data.prepared import PreparedData
+from minizero.dist.together import everyone
 from minizero.engine import Engine
 from minizero.observe.figures import draw_loss_curve
 from minizero.observe.metrics import read_metrics
@@ -83,7 +83,7 @@ def report(
     sample = complete(engine, data, config)
     timeline = None if engine.pipeline is None else engine.pipeline.timeline()
     write = partial(write_report, engine, data, config, folder, started, seconds, quality, sample, timeline)
-    everyone(engine.world, engine.device, write if chief else lambda: None, is_slow=True)
+    everyone(engine.world, engine.device, write if chief else lambda: None, expected=OSError, is_slow=True)
 
 
 def write_report(

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import run_distributed
@@ -235,6 +236,26 @@ def test_a_kill_that_comes_too_late_is_none(tmp_path, named, is_in_time):
     (tmp_path / "checkpoints" / "latest").write_text(named)
     process = subprocess.Popen(["sleep", "60"], text=True)
     assert is_killed_at("global_step2", tmp_path, process) == is_in_time and process.poll() == -signal.SIGKILL
+
+
+def report_on_a_full_disk(folder: str, arguments: list[str]) -> tuple[int, str]:
+    """`main` on ranks of which the first one, which writes the report, finds no room for it."""
+
+    def write(*_: Any) -> None:
+        time.sleep(0.5)
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write_report", write)
+        code, _, errors = call_main(folder, arguments)
+    return code, errors
+
+
+def test_all_ranks_stay_for_the_report(place):
+    shared = ["--data.source", str(place / "corpus"), "--data.dir", str(place / "data"), "--train.steps", "1"]
+    arguments = [str(place / "tiny.toml"), *shared, "--run.dir", "full"]
+    for code, errors in run_distributed(report_on_a_full_disk, 2, str(place), arguments):
+        assert code == 1 and "rank 0: [Errno 28] No space left on device" in errors
 
 
 def call_with_a_late_signal(folder: str, arguments: list[str]) -> int:

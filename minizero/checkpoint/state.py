@@ -15,10 +15,9 @@ Each element is written once: by the first of the ranks that hold it.
 
 from __future__ import annotations
 
-import json
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from minizero.checkpoint.files import CheckpointError
 from minizero.checkpoint.manifest import Layout
+from minizero.dist import together
 from minizero.dist.boxes import Box, Piece, pieces
 from minizero.dist.collectives import Communicator
 from minizero.dist.sharding import TensorShard
@@ -33,7 +33,7 @@ from minizero.zero.flat import FlatGroup
 from minizero.zero.optimizer import ZeroOptimizer
 from minizero.zero.runtime import ZeroRuntime
 
-STATUS, BUSY = "checkpoint status", b"null"  # what ranks meet for; what one says that has no answer yet
+everyone = partial(together.everyone, expected=CheckpointError)
 
 
 @dataclass(frozen=True)
@@ -158,49 +158,3 @@ def file_name(rank: int) -> str:
 def key_of(kind: str, name: str, box: Box) -> str:
     """The key of a box in a file: kind/parameter@0:4,8:16."""
     return f"{kind}/{name}@{','.join(f'{low}:{high}' for low, high in box)}"
-
-
-def everyone(comm: Communicator, device: torch.device, act: Callable[[], Any], *, is_slow: bool = False) -> list[Any]:
-    """Run `act` on every rank and return all results (JSON); if one fails, every rank raises what it said.
-
-    Peers of a rank that is not heard of for `dist.timeout` take it for dead, and a disk may take one rank that much
-    longer. So what `is_slow`, and calls no collective, runs on a thread, and ranks meet meanwhile to say they live.
-    """
-    if is_slow and comm.size > 1:
-        said = meet_until_all_are_done(comm, device, act)
-    else:
-        said = comm.gather_bytes(answer_of(act), STATUS, device)
-    answers = [json.loads(one) for one in said]
-    errors = [f"rank {rank}: {a['error']}" for rank, a in enumerate(answers) if "error" in a]
-    if errors:
-        raise CheckpointError("; ".join(dict.fromkeys(errors)))
-    return [a.get("result") for a in answers]
-
-
-def answer_of(act: Callable[[], Any]) -> bytes:
-    """JSON: the result of `act`, or what it raised."""
-    try:
-        answer: dict[str, Any] = {"result": act()}
-    except CheckpointError as error:
-        answer = {"error": str(error)}
-    except Exception as error:  # whatever it is: peers wait for an answer
-        answer = {"error": f"{type(error).__name__}: {error}"}
-    return json.dumps(answer).encode()
-
-
-def meet_until_all_are_done(comm: Communicator, device: torch.device, act: Callable[[], Any]) -> list[bytes]:
-    """Every rank's answer. Ranks meet several times a timeout, and once if all are done before."""
-    answer: list[bytes] = []
-
-    def run() -> None:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # each thread has its own
-        answer.append(answer_of(act))
-
-    thread = threading.Thread(target=run, name=STATUS, daemon=True)  # a rank that leaves does not wait for its disk
-    thread.start()
-    while True:
-        thread.join(comm.timeout / 4)
-        said = comm.gather_bytes(answer[0] if answer else BUSY, STATUS, device)
-        if BUSY not in said:
-            return said
